@@ -1,0 +1,41 @@
+# vitrail: `make demo` trains a masked autoencoder on this machine, `make test` runs the tests.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test check bench wheelhouse links clean
+.DEFAULT_GOAL := demo
+
+# Everything the demo, the tests and the checks need, at the exact versions that are tested.
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/deepspeed recipes/mae_vith.py --demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) links
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p vitrail.kernels -p vitrail.engine -p vitrail.recipes
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# What a GPU machine without a network needs beside torch, small packages first (Python 3.12, x86-64 Linux).
+wheelhouse: $(STAMP)
+	$(BIN)/python tools/wheelhouse.py --constraint constraints.txt --output wheelhouse $(ARGS)
+
+# The namespace as a folder of links: for mypy, and for use without an installation (PYTHONPATH=.links).
+links:
+	@mkdir -p .links/vitrail
+	@for folder in kernels engine recipes; do ln -sfn ../../$$folder .links/vitrail/$$folder; done
+
+clean:
+	rm -rf $(VENV) .links build wheelhouse *.egg-info

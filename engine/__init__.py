@@ -1,0 +1,1 @@
+"""The training engine: models, methods, data, trainer, evaluation."""

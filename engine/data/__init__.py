@@ -1,0 +1,1 @@
+"""Sources, view specifications, sample order and DALI pipelines."""

@@ -1,0 +1,1 @@
+"""Features, nearest neighbours and linear probes."""

@@ -1,0 +1,1 @@
+"""Drop-in kernels for self-supervised vision transformers."""

@@ -1,0 +1,1 @@
+"""One runnable Python file per published recipe."""
