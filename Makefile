@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/deepspeed recipes/mae_vith.py --demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/pytest $(ARGS)
 
 check: $(STAMP) links
 	$(BIN)/ruff format --check .
@@ -26,7 +26,7 @@ check: $(STAMP) links
 	$(BIN)/mypy -p vitrail.kernels -p vitrail.engine -p vitrail.recipes
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/pytest benchmarks $(ARGS)
 
 # What a GPU machine without a network needs beside torch, small packages first (Python 3.12, x86-64 Linux).
 wheelhouse: $(STAMP)
