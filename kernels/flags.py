@@ -1,0 +1,39 @@
+"""Every environment variable that changes what the kernels do, in one table."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An environment variable.
+
+    Attributes:
+        name: As set in the shell.
+        default: What an unset variable means.
+        effect: What a set one does.
+    """
+
+    name: str
+    default: str
+    effect: str
+
+
+IMPL = Flag(
+    name="VITRAIL_IMPL",
+    default="auto",
+    effect='What impl="auto" means: auto, cuda, triton or reference. A name that cannot run a call is an error.',
+)
+
+FLAGS = (
+    IMPL,
+    Flag(
+        name="TRITON_INTERPRET",
+        default="0",
+        effect='1 runs Triton kernels on CPU tensors, slowly, when impl="triton" asks for them. Read at import.',
+    ),
+    Flag(
+        name="TRITON_CACHE_DIR",
+        default="~/.triton/cache",
+        effect="Where compiled Triton kernels are kept between processes.",
+    ),
+)

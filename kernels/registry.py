@@ -1,0 +1,184 @@
+"""Which implementations an op has, what each cannot run and why, and the choice among them.
+
+An op is a name, a function that turns the public arguments into those of its implementations, and the
+implementations in order of preference. An implementation is a module with one function per pass (``forward``,
+``backward``), imported on first use, and one predicate per pass that returns the *list of reasons* why it cannot
+take these arguments. An empty list means that it can. A later op adds one :class:`Op` and nothing here changes.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .flags import IMPL
+
+CHOICES = ("auto", "cuda", "triton", "reference")
+
+log = logging.getLogger("vitrail.kernels")
+
+
+class UnsupportedError(RuntimeError):
+    """An implementation was asked for by name and cannot run this call.
+
+    Attributes:
+        reasons: Why not, one sentence each.
+    """
+
+    def __init__(self, op: str, impl: str, reasons: Sequence[str]) -> None:
+        self.reasons = list(reasons)
+        lines = "".join(f"\n  - {reason}" for reason in self.reasons)
+        super().__init__(f"{op}: impl={impl!r} cannot run this call:{lines}")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    Attributes:
+        name: ``cuda`` (compiled extension), ``triton`` or ``reference`` (plain PyTorch).
+        module: Absolute name of the module that holds one function per pass, imported on first use.
+        reasons: For each pass, a predicate over that pass's arguments that returns the reasons against.
+        supports: What it takes, in one line for the support matrix.
+    """
+
+    name: str
+    module: str
+    reasons: Mapping[str, Callable[..., list[str]]]
+    supports: str
+
+    def function(self, which: str) -> Callable[..., Any]:
+        """Returns the function of the pass ``which``, importing the implementation if need be."""
+        function: Callable[..., Any] = getattr(importlib.import_module(self.module), which)
+        return function
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op and its implementations, in the order in which ``auto`` tries them; the last one takes everything.
+
+    Attributes:
+        name: Name of the public function and of the forward op in the ``vitrail`` library.
+        bind: Checks the public arguments and returns those of the forward pass.
+        implementations: In order of preference; the last one is the reference.
+    """
+
+    name: str
+    bind: Callable[..., tuple[Any, ...]]
+    implementations: tuple[Implementation, ...]
+
+    def implementation(self, name: str) -> Implementation:
+        """Returns the implementation called ``name``.
+
+        Raises:
+            UnsupportedError: This op has none of that name.
+        """
+        for candidate in self.implementations:
+            if candidate.name == name:
+                return candidate
+        have = ", ".join(candidate.name for candidate in self.implementations)
+        raise UnsupportedError(self.name, name, [f"the op has no {name!r} implementation; it has {have}"])
+
+    def choose(self, which: str, impl: str, args: tuple[Any, ...]) -> Implementation:
+        """Picks the implementation that runs the pass ``which`` on ``args``.
+
+        Args:
+            which: ``forward`` or ``backward``.
+            impl: ``auto`` takes the first implementation without a reason against it; a name takes that one.
+            args: The arguments of the pass.
+
+        Raises:
+            UnsupportedError: ``impl`` names an implementation that cannot run ``args``.
+        """
+        if impl == "auto":
+            impl = os.environ.get(IMPL.name, IMPL.default)
+        if impl != "auto":
+            chosen = self.implementation(impl)
+            reasons = chosen.reasons[which](*args)
+            if reasons:
+                raise UnsupportedError(self.name, impl, reasons)
+            return chosen
+
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            return self.implementations[-1]  # on the CPU the reference is the implementation, not a fallback
+        rejected: dict[str, list[str]] = {}
+        for candidate in self.implementations:
+            reasons = candidate.reasons[which](*args)
+            if not reasons:
+                break
+            rejected[candidate.name] = reasons
+        if rejected:
+            _log_once(self.name, which, candidate.name, rejected, tensors)
+        return candidate
+
+    def run(self, which: str, impl: str, *args: Any) -> Any:
+        """Runs the pass ``which`` of this op on ``args`` with the implementation that ``impl`` selects."""
+        return self.choose(which, impl, args).function(which)(*args)
+
+
+_ops: dict[str, Op] = {}
+_logged: set[tuple[Any, ...]] = set()
+
+
+def register(op: Op) -> Op:
+    """Adds ``op`` to the table and returns it."""
+    _ops[op.name] = op
+    return op
+
+
+def ops() -> tuple[Op, ...]:
+    """Returns every registered op, in order of registration."""
+    return tuple(_ops.values())
+
+
+def check_impl(impl: str) -> None:
+    """Raises ValueError unless ``impl`` is one of :data:`CHOICES`."""
+    if impl not in CHOICES:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, CHOICES))}, got {impl!r}")
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
+    """Says, for each implementation of ``op``, why it cannot run this call.
+
+    Args:
+        op: The public function or its name.
+        *args: What you would call it with.
+        **kwargs: Likewise; ``impl`` is ignored.
+
+    Returns:
+        Reasons by implementation name, in order of preference. An empty list means that it can run the call;
+        ``impl="auto"`` takes the first such on CUDA tensors and ``reference`` on CPU tensors.
+
+    Raises:
+        KeyError: No op of that name.
+        TypeError: As the op itself would.
+        ValueError: As the op itself would.
+
+    Example:
+        >>> explain("random_masking", 256, 196, 49, device="cuda")
+        {'triton': [], 'reference': []}
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in _ops:
+        raise KeyError(f"no op called {name!r}; there are {', '.join(_ops)}")
+    kwargs.pop("impl", None)
+    entry = _ops[name]
+    bound = entry.bind(*args, **kwargs)
+    return {candidate.name: candidate.reasons["forward"](*bound) for candidate in entry.implementations}
+
+
+def _log_once(
+    op: str, which: str, chosen: str, rejected: Mapping[str, list[str]], tensors: Sequence[torch.Tensor]
+) -> None:
+    """Logs why implementations were passed over, once for each op and signature."""
+    signature = tuple((tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
+    if (op, which, signature) in _logged:
+        return
+    _logged.add((op, which, signature))
+    for name, reasons in rejected.items():
+        log.warning("%s (%s): %s, not %s, because %s", op, which, chosen, name, "; ".join(reasons))
