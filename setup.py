@@ -1,14 +1,16 @@
 """Packages, extras and entry point of vitrail.
 
-The top-level folders are mapped into one namespace (``kernels/`` is imported as ``vitrail.kernels``), so that nothing
-called ``kernels`` or ``engine`` is ever installed: transformers imports a PyPI package of the name ``kernels``.
+The top-level folders are mapped into one namespace (`kernels/` is imported as `vitrail.kernels`), so that nothing
+called `kernels` or `engine` is ever installed: transformers imports a PyPI package of the name `kernels`.
 """
 
 from setuptools import find_packages, setup
 
 FOLDERS = ("kernels", "engine", "recipes")
 
-packages = [f"vitrail.{name}" for folder in FOLDERS for name in (folder, *(f"{folder}.{sub}" for sub in find_packages(folder)))]
+packages = [
+    f"vitrail.{name}" for folder in FOLDERS for name in (folder, *(f"{folder}.{sub}" for sub in find_packages(folder)))
+]
 
 setup(
     name="vitrail",

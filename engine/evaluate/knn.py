@@ -1,0 +1,100 @@
+"""Nearest-neighbour classification of frozen features."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import DataConfig, Source
+from .features import Features, evaluation_mode, evaluation_view, extract
+
+if TYPE_CHECKING:
+    from ..methods.base import Method
+    from ..train.config import EvaluateConfig
+
+
+@torch.no_grad()
+def knn_predict(
+    queries: Tensor, bank: Features, *, classes: int, neighbours: int = 20, temperature: float = 0.07, chunk: int = 1024
+) -> Tensor:
+    """Weighted vote of the nearest features by cosine similarity (Wu et al., arXiv 1805.01978; DINO's protocol).
+
+    A neighbour of similarity s votes with weight `exp(s / temperature)`.
+
+    Args:
+        queries: `[Q, D]`, not necessarily normalised.
+        bank: labelled features.
+        classes: number of classes.
+        neighbours: voters per query, at most the size of the bank.
+        temperature: of the weights.
+        chunk: queries at a time, which bounds the memory.
+
+    Returns:
+        Predicted classes int64 `[Q]`.
+    """
+    neighbours = min(neighbours, len(bank.vectors))
+    keys = F.normalize(bank.vectors, dim=1)
+    predictions = []
+    for part in F.normalize(queries, dim=1).split(chunk):
+        similarity, nearest = (part @ keys.T).topk(neighbours, dim=1)
+        votes = torch.zeros(len(part), classes, device=part.device)
+        votes.scatter_add_(1, bank.labels[nearest], (similarity / temperature).exp())
+        predictions.append(votes.argmax(dim=1))
+    return torch.cat(predictions)
+
+
+def knn_accuracy(
+    bank: Features, queries: Features, *, classes: int, neighbours: int = 20, temperature: float = 0.07
+) -> float:
+    """Share of the queries that `knn_predict` gets right, 0 to 1."""
+    predicted = knn_predict(queries.vectors, bank, classes=classes, neighbours=neighbours, temperature=temperature)
+    return (predicted == queries.labels).float().mean().item()
+
+
+class OnlineKNN:
+    """Accuracy of a method in training on a held-out split. Calling it is collective."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        train: Source,
+        val: Source,
+        data: DataConfig,
+        *,
+        precision: str,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.config, self.train, self.val, self.data = config, train, val, data
+        self.precision, self.rank, self.world = precision, rank, world
+
+    def __call__(self, method: Method) -> dict[str, float]:
+        """Return `{"knn": accuracy}`, 0 to 1."""
+        view = evaluation_view(method.views()[0].size)
+        device = next(method.buffers()).device
+        with evaluation_mode(method, self.precision):
+            bank, queries = (
+                extract(
+                    method.features,
+                    source,
+                    view,
+                    self.data,
+                    batch=max(1, self.config.batch // self.world),
+                    device=device,
+                    limit=limit,
+                    rank=self.rank,
+                    world=self.world,
+                )
+                for source, limit in ((self.train, self.config.bank), (self.val, None))
+            )
+        accuracy = knn_accuracy(
+            bank,
+            queries,
+            classes=len(self.val.classes),
+            neighbours=self.config.neighbours,
+            temperature=self.config.temperature,
+        )
+        return {"knn": accuracy}

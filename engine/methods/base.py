@@ -1,0 +1,91 @@
+"""What the trainer asks of a method, and what it tells the method at each step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.views import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Where a micro-batch stands in the run."""
+
+    step: int
+    """Optimiser steps done."""
+    total_steps: int
+    """Optimiser steps of the whole run."""
+    epoch: float
+    """Epochs done, fractional."""
+    seed: int
+    """Seed of the run."""
+    first_row: int
+    """Place of this micro-batch's first sample in the global batch."""
+    global_rows: int
+    """Size of the global batch."""
+
+    def uniform(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Draw U[0, 1) noise that depends on the sample's place in the global batch and on nothing else.
+
+        The noise of the whole global batch is drawn from a generator seeded by the step, and this micro-batch's rows
+        are returned: any number of ranks and any accumulation see the same masks, and resuming needs no state.
+
+        Returns:
+            float32 `[rows, columns]` on `device`.
+        """
+        generator = torch.Generator(device).manual_seed((self.seed << 32) + self.step)
+        noise = torch.rand(self.global_rows, columns, generator=generator, device=device)
+        return noise[self.first_row : self.first_row + rows]
+
+
+@dataclass(kw_only=True)
+class MethodConfig(ABC):
+    """Published defaults of a method; each method derives its own."""
+
+    @abstractmethod
+    def build(self) -> Method:
+        """Construct the method with freshly initialised weights."""
+
+    @abstractmethod
+    def demo(self) -> MethodConfig:
+        """The same method small enough for 32-pixel images and two CPU cores."""
+
+
+class Method(nn.Module, ABC):
+    """A self-supervised method: one module that turns a batch into a loss.
+
+    It holds everything that is trained or updated (student, teacher, heads, queues) and knows nothing of DeepSpeed,
+    DALI, loggers or the trainer.
+    """
+
+    @abstractmethod
+    def views(self) -> list[View]:
+        """The crops and augmentations that `forward` needs, as data."""
+
+    @abstractmethod
+    def forward(self, batch: Any, schedule: Schedule) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a micro-batch.
+
+        Args:
+            batch: an object with `views`, uint8 tensors `[B, H, W, 3]` in the order of `views`.
+            schedule: where the run stands.
+
+        Returns:
+            The scalar loss, and detached scalar tensors to log.
+        """
+
+    def after_step(self, applied: bool) -> None:
+        """Update state outside the optimiser (teacher, queue, centre), only if the step was applied."""
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Frozen features for probes and export: uint8 `[B, H, W, 3]` to float32 `[B, D]`."""
+
+    @abstractmethod
+    def flops(self, images: int) -> float:
+        """Floating-point operations of a training step on `images` images, recomputation not counted."""

@@ -1,0 +1,35 @@
+"""Fixed sine-cosine position tables."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sincos_positions(width: int, grid: tuple[int, int], *, prefix: int = 1, temperature: float = 10000.0) -> Tensor:
+    """The two-dimensional table that MAE uses for its encoder and decoder.
+
+    A patch at (row r, column c) gets `[sin(c w) | cos(c w) | sin(r w) | cos(r w)]` with `width / 4` frequencies
+    `w_k = temperature ** (-4 k / width)`: the first half encodes the column. Angles are computed in float64 and the
+    result is rounded once, because float32 angles change a third of the entries of the released checkpoints.
+
+    Args:
+        width: embedding width, divisible by 4.
+        grid: patches per column and per row, `(rows, columns)`.
+        prefix: zero rows in front, one for a class token.
+        temperature: base of the geometric frequency series.
+
+    Returns:
+        float32 `[1, prefix + rows * columns, width]`, patches row-major.
+
+    Raises:
+        ValueError: width is not divisible by 4.
+    """
+    if width % 4:
+        raise ValueError(f"sine-cosine positions need a width divisible by 4, got {width}: choose another width")
+    omega = temperature ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid)
+    per_row = torch.cat([rows.sin(), rows.cos()], dim=1)[:, None].expand(-1, grid[1], -1)
+    per_column = torch.cat([columns.sin(), columns.cos()], dim=1)[None].expand(grid[0], -1, -1)
+    table = torch.cat([per_column, per_row], dim=2).reshape(1, grid[0] * grid[1], width)
+    return torch.cat([table.new_zeros(1, prefix, width), table], dim=1).float()

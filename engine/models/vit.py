@@ -1,0 +1,282 @@
+"""The vision transformer that every method trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrail.kernels import MaskedPatchEmbed
+
+from .attention import Attention, AttentionBackend
+from .positions import sincos_positions
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NORM_EPS = 1e-6  # of every LayerNorm (official MAE, MoCo v3 and DINO code)
+
+
+@dataclass(kw_only=True)
+class ViTConfig:
+    """Size and options of a vision transformer."""
+
+    image_size: int | tuple[int, int] = 224
+    """Side of the square input in pixels, or (height, width)."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    width: int = 768
+    """Embedding width D."""
+    depth: int = 12
+    """Number of blocks."""
+    heads: int = 12
+    """Attention heads; the head dimension is width / heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over D."""
+    positions: Literal["sincos", "learned"] = "sincos"
+    """Fixed sine-cosine table or a learned one."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    attention: AttentionBackend = "auto"
+    """auto: fused kernels on a GPU, explicit matrix products on a CPU."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Input (height, width) in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per (column, row).
+
+        Raises:
+            ValueError: the image is not divisible by the patch.
+        """
+        height, width = self.size
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"image size {height}x{width} is not divisible by the patch size {self.patch_size}: change one of them"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+
+def vit_tiny(patch_size: int = 16, image_size: int | tuple[int, int] = 224) -> ViTConfig:
+    """ViT-Ti: 192 wide, 12 blocks, 3 heads (DeiT, arXiv 2012.12877)."""
+    return ViTConfig(image_size=image_size, patch_size=patch_size, width=192, depth=12, heads=3)
+
+
+def vit_small(patch_size: int = 16, image_size: int | tuple[int, int] = 224) -> ViTConfig:
+    """ViT-S: 384 wide, 12 blocks, 6 heads (DeiT)."""
+    return ViTConfig(image_size=image_size, patch_size=patch_size, width=384, depth=12, heads=6)
+
+
+def vit_base(patch_size: int = 16, image_size: int | tuple[int, int] = 224) -> ViTConfig:
+    """ViT-B: 768 wide, 12 blocks, 12 heads (arXiv 2010.11929, table 1)."""
+    return ViTConfig(image_size=image_size, patch_size=patch_size, width=768, depth=12, heads=12)
+
+
+def vit_large(patch_size: int = 16, image_size: int | tuple[int, int] = 224) -> ViTConfig:
+    """ViT-L: 1024 wide, 24 blocks, 16 heads (arXiv 2010.11929, table 1)."""
+    return ViTConfig(image_size=image_size, patch_size=patch_size, width=1024, depth=24, heads=16)
+
+
+def vit_huge(patch_size: int = 14, image_size: int | tuple[int, int] = 224) -> ViTConfig:
+    """ViT-H: 1280 wide, 32 blocks, 16 heads (arXiv 2010.11929, table 1)."""
+    return ViTConfig(image_size=image_size, patch_size=patch_size, width=1280, depth=32, heads=16)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """`[B, N, D]` and indices `[B, M]` to `[B, M, D]`, without an index of D columns."""
+    B, N, D = x.shape
+    flat = rows + torch.arange(B, device=rows.device)[:, None] * N
+    return x.reshape(B * N, D).index_select(0, flat.reshape(-1)).view(B, -1, D)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth per sample (arXiv 1603.09382), scaled so that the expectation is kept."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero whole samples of `[B, ...]` with probability `rate` in training."""
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
+        return x * (keep.to(x.dtype) / (1.0 - self.rate))
+
+
+class MLP(nn.Module):
+    """Two linear layers around an exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        attention: AttentionBackend = "auto",
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads, attention)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The part that looks at each token alone: `LN1` and the qkv projection, `[..., D]` to `[..., 3D]`."""
+        return self.attn.qkv(self.norm1(x))
+
+    def forward(self, x: Tensor, qkv: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Apply the block, or exactly the part of it that is needed.
+
+        Args:
+            x: residual stream `[B, N, D]`.
+            qkv: `project` of `x`, when the caller has it already, `[B, N, 3D]`.
+            rows: indices `[B, M]` of the only tokens whose output is needed. Every token still serves as key and
+                value; queries, output projection and MLP run for these rows alone, and their results are the same.
+
+        Returns:
+            `[B, N, D]`, or `[B, M, D]` with `rows`.
+        """
+        if rows is None:
+            query, key, value = self.attn.split(self.project(x) if qkv is None else qkv)
+        else:
+            query, key, value = self._restricted(x, qkv, rows)
+            x = take_rows(x, rows)
+        x = x + self.drop_path(self.attn(query, key, value))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _restricted(self, x: Tensor, qkv: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of `rows` alone, keys and values of all tokens."""
+        width = x.shape[-1]
+        if qkv is None:
+            normed = self.norm1(x)
+            packed_kv = self.attn.qkv(normed, "kv")
+            packed_q = self.attn.qkv(take_rows(normed, rows), "q")
+        else:
+            packed_kv = qkv[..., width:]
+            packed_q = take_rows(qkv[..., :width], rows)
+        (query,), (key, value) = self.attn.split(packed_q), self.attn.split(packed_kv)
+        return query, key, value
+
+
+def build_blocks(config: ViTConfig) -> nn.ModuleList:
+    """`depth` blocks with the drop-path rate rising linearly from 0."""
+    rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+    return nn.ModuleList(
+        Block(config.width, config.heads, mlp_ratio=config.mlp_ratio, drop_path=rate, attention=config.attention)
+        for rate in rates
+    )
+
+
+def run_block(
+    block: nn.Module, x: Tensor, *, qkv: Tensor | None = None, rows: Tensor | None = None, recompute: bool
+) -> Tensor:
+    """Call a block, recomputing its activations in the backward pass if asked to.
+
+    Only non-reentrant checkpointing is correct here: the reentrant form computes wrong gradients under ZeRO-3 for
+    modules that are applied more than once in a step.
+    """
+    if recompute and torch.is_grad_enabled():
+        out: Tensor = checkpoint(block, x, qkv, rows, use_reentrant=False)
+        return out
+    result: Tensor = block(x, qkv, rows)
+    return result
+
+
+def xavier_init_(module: nn.Module) -> None:
+    """The initialisation of the official MAE code: Xavier-uniform matrices, zero biases, unit LayerNorms.
+
+    The patch projection is treated as the matrix `[D, 3 P P]`; its bias keeps PyTorch's convolution default.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.data.view(part.weight.shape[0], -1))
+
+
+class VisionTransformer(nn.Module):
+    """A ViT that reads raw images and embeds only the patches that it is asked to see.
+
+    State-dict keys and layouts are those of timm and of the official MAE checkpoints.
+    """
+
+    num_prefix = 1  # the class token
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        *,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = config.grid
+        self.length = self.grid[0] * self.grid[1]
+        self.recompute = False  # set by the trainer: activation checkpointing, block by block
+        self.patch_embed = MaskedPatchEmbed(
+            image_size=config.size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        if config.positions == "sincos":
+            self.register_buffer("pos_embed", sincos_positions(config.width, self.grid, prefix=self.num_prefix))
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix + self.length, config.width))
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks = build_blocks(config)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        xavier_init_(self)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: uint8 `[B, H, W, 3]` or `[B, 3, H, W]` (normalised on the way in), or normalised-range floats
+                as `vitrail.kernels.masked_patch_gather` takes them.
+            indices: patches to see, row-major numbers `[B, V]`; None means all.
+
+        Returns:
+            Tokens after the final norm, class token first: `[B, 1 + V, D]`.
+        """
+        x = self.patch_embed(images, indices)
+        positions = self.pos_embed[0, self.num_prefix :]
+        x = x + (positions if indices is None else F.embedding(indices, positions))
+        prefix = (self.cls_token + self.pos_embed[:, : self.num_prefix]).expand(x.shape[0], -1, -1)
+        x = torch.cat([prefix, x], dim=1)
+        for block in self.blocks:
+            x = run_block(block, x, recompute=self.recompute)
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+def transformer_flops(*, tokens: float, width: int, depth: float, mlp_ratio: float = 4.0) -> float:
+    """Floating-point operations of `depth` blocks on one image, forward, two per multiply-accumulate.
+
+    Matrix products only: qkv and output projection `8 N D^2`, MLP `4 r N D^2`, attention `4 N^2 D`.
+    """
+    return depth * ((8 + 4 * mlp_ratio) * tokens * width**2 + 4 * tokens**2 * width)

@@ -1,0 +1,99 @@
+"""The report at the end of a demo: did it learn, and how does it look?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..data import Source, evaluation_batches
+from ..evaluate.features import evaluation_mode, evaluation_view, extract
+from ..evaluate.knn import knn_accuracy
+from ..evaluate.linear import linear_accuracy
+from ..methods.mae import MAE
+from .pictures import draw_curves, draw_reconstructions
+
+if TYPE_CHECKING:
+    from ..train.config import RunConfig
+    from ..train.trainer import RunResult
+
+PICTURES = 16
+
+
+def summarise(
+    result: RunResult, config: RunConfig, *, train: Source, val: Source, rank: int, world: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Probe the trained features beside raw pixels and beside the same network untrained; write pictures.
+
+    Collective. Rank 0 writes `summary.json`, `curves.png` and, for a masked autoencoder, `reconstructions.png` into
+    the run's folder, and prints a table.
+
+    Returns:
+        Per row of the table, `{"knn": accuracy, "linear": accuracy}`, 0 to 1.
+    """
+    view = evaluation_view(result.method.views()[0].size)
+
+    def probe(features: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        bank, queries = (
+            extract(features, source, view, config.data, batch=256, device=device, rank=rank, world=world)
+            for source in (train, val)
+        )
+        if rank:
+            return {}
+        return {
+            "knn": knn_accuracy(bank, queries, classes=len(val.classes), neighbours=config.evaluate.neighbours),
+            "linear": linear_accuracy(bank, queries),
+        }
+
+    torch.manual_seed(config.train.seed)
+    untrained = config.method.build().to(device)
+    rows = {"raw pixels": probe(lambda images: images.flatten(1) / 255)}
+    for name, method in (("untrained network", untrained), ("trained network", result.method)):
+        with evaluation_mode(method, config.train.precision):
+            rows[name] = probe(method.features)
+    if isinstance(result.method, MAE):
+        with evaluation_mode(result.method, config.train.precision):
+            _paint(result.method, config, val, device, rank)
+    if rank == 0:
+        draw_curves(config.train.output / "metrics.jsonl", config.train.output / "curves.png")
+        report = {"train_seconds": round(result.train_seconds, 1), "steps": result.step, "accuracy": rows}
+        (config.train.output / "summary.json").write_text(json.dumps(report, indent=1))
+        _print(rows, result, config)
+    return rows
+
+
+def _paint(method: MAE, config: RunConfig, val: Source, device: torch.device, rank: int) -> None:
+    """Reconstruct the first validation images; every rank computes, since ZeRO-3 needs them all."""
+    view = evaluation_view(method.views()[0].size)
+    images = next(
+        iter(
+            evaluation_batches(
+                val, view, batch=PICTURES, rank=0, world=1, device=device, config=config.data, limit=PICTURES
+            )
+        )
+    ).views[0]
+    generator = torch.Generator(device).manual_seed(config.train.seed)
+    noise = torch.rand(images.shape[0], method.encoder.length, generator=generator, device=device)
+    pictures = method.reconstruct(images, noise)
+    if rank == 0:
+        note = f"{100 * method.config.mask_ratio:.0f} % of the patches hidden"
+        if method.config.norm_pix:
+            note += "; painted patches borrow the true patch's mean and contrast"
+        draw_reconstructions(pictures, config.train.output / "reconstructions.png", note=note)
+
+
+def _print(rows: dict[str, dict[str, float]], result: RunResult, config: RunConfig) -> None:
+    table = Table(title=f"{result.step} steps in {result.train_seconds:.0f} s", title_justify="left")
+    for column in ("features", "20-NN accuracy", "linear accuracy"):
+        table.add_column(column, justify="left" if column == "features" else "right")
+    for name, scores in rows.items():
+        table.add_row(name, f"{100 * scores['knn']:.1f} %", f"{100 * scores['linear']:.1f} %")
+    console = Console()
+    console.print(table)
+    gain = 100 * (rows["trained network"]["linear"] - rows["untrained network"]["linear"])
+    console.print(f"Training added {gain:.1f} points to the linear accuracy. Pictures: {config.train.output}/*.png")

@@ -1,0 +1,157 @@
+"""The typed configuration of a run: what a recipe returns and dotted flags override."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..data.config import DataConfig
+from ..methods.base import MethodConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run, told in one line with its remedy."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate per 256 images of the global batch (linear scaling rule)."""
+    lr: float | None = None
+    """Peak learning rate itself; replaces base_lr * batch / 256."""
+    min_lr: float = 0.0
+    """Learning rate that the cosine ends at."""
+    warmup_epochs: float = 40
+    """Epochs of linear warm-up from exactly zero."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
+    eps: float = 1e-8
+    """Term added to AdamW's denominator."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices and tokens; vectors and biases have none."""
+    clip: float = 0.0
+    """Limit of the global gradient norm; 0 means none."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Length, batch, precision and bookkeeping of a run."""
+
+    epochs: float = 800
+    """Passes over the training images."""
+    batch_size: int = 4096
+    """Images per optimiser step, over all ranks and accumulated micro-batches."""
+    micro_batch: int = 64
+    """Images per rank in one forward and backward pass."""
+    accumulation: int | None = None
+    """Micro-batches per step; None derives it from the batch, the micro-batch and the number of ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards over the ranks: nothing, optimiser state, + gradients, + parameters."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: matrix products in bf16 under autocast, parameters and statistics in fp32."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients of linear layers are accumulated and sent; bf16 halves the traffic."""
+    checkpoint_activations: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile every transformer block."""
+    seed: int = 0
+    """Seed of weights, sample order, augmentation and masks."""
+    log_every: int = 20
+    """Steps between log lines; nothing is read from the device in between."""
+    save_every: float = 20
+    """Epochs between checkpoints; one is always written at the end and on SIGTERM."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    resume: bool = True
+    """Continue from the newest checkpoint in the output folder, if there is one."""
+    init_from: Path | None = None
+    """Checkpoint folder or .safetensors file whose weights a new run starts from."""
+    output: Path = Path("runs/default")
+    """Folder of logs, checkpoints and pictures."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """What is measured on the features while training."""
+
+    knn_every: float = 20
+    """Epochs between nearest-neighbour evaluations on the validation split; 0 means never."""
+    neighbours: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """Softmax temperature of the votes (arXiv 1805.01978)."""
+    bank: int = 100_000
+    """Most training images used as the bank."""
+    batch: int = 256
+    """Images per forward pass, over all ranks."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    method: MethodConfig
+    """The method, its model and its published defaults."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images and loading."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Batch, precision, checkpoints."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Online evaluation."""
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of the warm-up."""
+        return self.optim.base_lr * self.train.batch_size / 256 if self.optim.lr is None else self.optim.lr
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per optimiser step on `world` ranks.
+
+        Raises:
+            ConfigError: batch_size is not micro_batch x accumulation x ranks.
+        """
+        batch, micro, wanted = self.train.batch_size, self.train.micro_batch, self.train.accumulation
+        per_pass = micro * world
+        if wanted is None:
+            if batch % per_pass:
+                raise ConfigError(
+                    f"train.batch_size {batch} is not a multiple of train.micro_batch {micro} x {world} ranks: "
+                    f"choose a micro-batch that divides {batch / world:g}"
+                )
+            return batch // per_pass
+        if per_pass * wanted != batch:
+            raise ConfigError(
+                f"train.batch_size {batch} is not train.micro_batch {micro} x train.accumulation {wanted} x {world} "
+                f"ranks = {per_pass * wanted}: change one of them, or leave train.accumulation out"
+            )
+        return wanted
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        plain["method"]["name"] = type(self.method).__name__
+        return plain
+
+    def fingerprint(self, dataset: str) -> str:
+        """Hash of everything that decides the numbers of a run, not of where and how fast it runs.
+
+        Args:
+            dataset: fingerprint of the training images.
+        """
+        plain = self.as_dict()
+        decisive = {
+            "dataset": dataset,
+            "method": plain["method"],
+            "optim": plain["optim"],
+            "train": {k: plain["train"][k] for k in ("epochs", "batch_size", "precision", "reduce_dtype", "seed")},
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

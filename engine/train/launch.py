@@ -1,0 +1,72 @@
+"""From a recipe and a command line to a finished run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from ..data import DataError, Source, open_source
+from .config import ConfigError, RunConfig
+from .demo import shrink
+
+
+def launch(recipe: Callable[[], RunConfig], argv: Sequence[str] | None = None) -> None:
+    """Run a recipe: apply the command line, open the data, train.
+
+    `--demo` shrinks the recipe to the bundled images and a small model; every other flag is a dotted field of
+    `RunConfig`. Mistakes of the user end the process with status 2 and one line on stderr, before a GPU is touched.
+
+    Args:
+        recipe: returns the whole configuration.
+        argv: arguments; None takes the process's own.
+    """
+    try:
+        config, demo = parse(recipe, sys.argv[1:] if argv is None else argv)
+        _train(config, open_source(config.data, "train"), open_source(config.data, "val"), demo=demo)
+    except (ConfigError, DataError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line that the user must see
+        raise SystemExit(2) from None
+
+
+def parse(recipe: Callable[[], RunConfig], argv: Sequence[str]) -> tuple[RunConfig, bool]:
+    """The recipe's configuration under a command line, and whether it is the demo.
+
+    The DeepSpeed launcher appends `--local_rank=N`, which is dropped: the environment says the same. An unknown flag
+    ends the process with status 2 and names the nearest known one.
+
+    Raises:
+        ConfigError: there are no images to train on.
+    """
+    demo = "--demo" in argv
+    flags = [flag for flag in argv if flag != "--demo" and not flag.startswith(("--local_rank=", "--local-rank="))]
+    default = shrink(recipe()) if demo else recipe()
+    config = tyro.cli(
+        RunConfig,
+        default=default,
+        args=flags,
+        prog=os.path.basename(sys.argv[0]),
+        description="Any field of the recipe can be overridden; --demo runs it on bundled images in minutes.",
+    )
+    if not config.data.path and config.data.source in ("auto", "folder", "tar", "list"):
+        raise ConfigError(
+            "no training images: pass --data.path with a folder of images, .tar shards or a list of files, "
+            "or try the recipe with --demo"
+        )
+    return config, demo
+
+
+def _train(config: RunConfig, train: Source, val: Source | None, *, demo: bool) -> None:
+    """Start the processes, train, and report on a finished demo."""
+    from .ds import start_processes
+    from .trainer import Trainer
+
+    rank, world, device = start_processes()
+    result = Trainer(config, train=train, val=val, rank=rank, world=world, device=device).run()
+    if demo and result.finished and val is not None:
+        from ..show.summary import summarise
+
+        summarise(result, config, train=train, val=val, rank=rank, world=world, device=device)

@@ -1,0 +1,247 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Loader, Source, build_loader
+from ..evaluate.knn import OnlineKNN
+from ..methods.base import Method, Schedule
+from ..models.vit import Block
+from . import checkpoint
+from .config import RunConfig
+from .ds import guarded_step, initialise, set_learning_rate
+from .metrics import DeviceMeans, Recorder
+from .schedules import cosine_with_warmup
+from .throughput import Throughput
+
+
+@dataclass
+class RunResult:
+    """What a finished, or interrupted, run leaves behind."""
+
+    method: Method
+    """The trained method, on its device."""
+    step: int
+    """Steps done."""
+    total_steps: int
+    """Steps of the whole run."""
+    train_seconds: float
+    """Time spent in this process's training loop, evaluations and checkpoints included."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.step >= self.total_steps
+
+
+class Trainer:
+    """Runs one configuration to its end, from the newest checkpoint on."""
+
+    def __init__(
+        self, config: RunConfig, *, train: Source, val: Source | None, rank: int, world: int, device: torch.device
+    ) -> None:
+        self.config = config
+        self.rank, self.world, self.device = rank, world, device
+        self.source, self.val = train, val
+        self.accumulation = config.accumulation(world)
+        self.output = config.train.output
+        torch.manual_seed(config.train.seed)
+        self.method = config.method.build()
+        if config.train.init_from is not None:
+            checkpoint.load_weights(self.method, config.train.init_from)
+        prepare_blocks(self.method, recompute=config.train.checkpoint_activations, compiled=config.train.compile)
+        self.method.to(device).train()
+        self.engine = initialise(self.method, config, world)
+        torch.manual_seed(config.train.seed + 1 + rank)  # stochastic depth differs between ranks
+        self.state = self._restore()
+        self.loader = self._loader()
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = math.ceil(config.train.epochs * self.steps_per_epoch)
+        self.recorder = Recorder(self.output, rank=rank, start_step=self.state.step, total_steps=self.total_steps)
+        self.means = DeviceMeans()
+        self.throughput = Throughput(device, world)
+        self.knn = self._knn()
+        self._gradient_norm: Tensor | float | None = None
+        self._stop_requested = False
+        self._bad_files_told = 0
+
+    def run(self) -> RunResult:
+        """Train until the last step, or until SIGTERM or SIGINT has been answered with a checkpoint."""
+        started = time.perf_counter()
+        handlers = {name: signal.signal(name, self._request_stop) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._describe()
+            batches = iter(self.loader)
+            self.throughput.read()
+            while self.state.step < self.total_steps:
+                self._step(batches)
+                if self._after_step():
+                    break
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+            self.loader.close()
+            self.recorder.close()
+        return RunResult(self.method, self.state.step, self.total_steps, time.perf_counter() - started)
+
+    def _step(self, batches: object) -> None:
+        """One optimiser step: all micro-batches of a global batch."""
+        config, step = self.config, self.state.step
+        epoch = step / self.steps_per_epoch
+        lr = cosine_with_warmup(
+            epoch,
+            peak=config.peak_lr,
+            final=config.optim.min_lr,
+            warmup=config.optim.warmup_epochs,
+            total=config.train.epochs,
+        )
+        set_learning_rate(self.engine, lr)
+        applied = False
+        for micro in range(self.accumulation):
+            waiting = time.perf_counter()
+            batch = next(batches)  # type: ignore[call-overload]
+            waited = time.perf_counter() - waiting
+            schedule = Schedule(
+                step=step,
+                total_steps=self.total_steps,
+                epoch=epoch,
+                seed=config.train.seed,
+                first_row=(micro * self.world + self.rank) * config.train.micro_batch,
+                global_rows=config.train.batch_size,
+            )
+            loss, metrics = self.engine(batch, schedule)
+            self.engine.backward(loss)
+            applied, norm = guarded_step(self.engine)
+            self.means.add(metrics)
+            self.throughput.add(len(batch), self.method.flops(len(batch)), waited)
+        self._gradient_norm = norm
+        self.method.after_step(applied)
+        self.state.step += 1
+        if not applied:
+            self.state.skipped += 1
+            self.recorder.event(step + 1, f"step {step + 1} skipped: its gradient is not finite")
+
+    def _after_step(self) -> bool:
+        """Log, evaluate, save, each when due. Returns whether to stop before the end."""
+        step, config = self.state.step, self.config
+        last = step == self.total_steps
+        logging = last or step % config.train.log_every == 0
+        if logging:
+            self._log()
+        self.recorder.advance(step)
+        stop = self._stop_agreed(logging) and not last
+        if self.knn is not None and not stop and (last or self._due(config.evaluate.knn_every)):
+            self.recorder.evaluation(step, self.knn(self.method))
+        if last or stop or self._due(config.train.save_every):
+            path = checkpoint.save(self.output, self.engine, self.state, config, dataset=self.source.fingerprint)
+            self.recorder.event(step, f"checkpoint {path}")
+        if stop:
+            self.recorder.event(step, f"stopped by a signal at step {step}; the same command continues from here")
+        return stop
+
+    def _log(self) -> None:
+        """Read the device once and write a line."""
+        step = self.state.step
+        values = self.means.read()
+        values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
+        if self._gradient_norm is not None:
+            values["gradient_norm"] = float(self._gradient_norm)
+        values |= self.throughput.read()
+        values["epoch"] = step / self.steps_per_epoch
+        values["skipped"] = self.state.skipped
+        values["bad_files"] = len(self.loader.bad_files)
+        self.recorder.train(step, values)
+        for name, reason in list(self.loader.bad_files.items())[self._bad_files_told :]:
+            self.recorder.event(step, f"cannot decode {name}: {reason}; another image takes its place")
+        self._bad_files_told = len(self.loader.bad_files)
+
+    def _due(self, every_epochs: float) -> bool:
+        """Whether an action of every so many epochs falls on this step."""
+        interval = round(every_epochs * self.steps_per_epoch)
+        return interval > 0 and self.state.step % interval == 0
+
+    def _stop_agreed(self, logging: bool) -> bool:
+        """Whether any rank has been told to stop. Several ranks compare notes at logging steps alone."""
+        if self.world == 1:
+            return self._stop_requested
+        if not logging:
+            return False
+        flag = torch.tensor(float(self._stop_requested), device=self.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stop_requested = True
+
+    def _loader(self) -> Loader:
+        config = self.config
+        return build_loader(
+            self.source,
+            self.method.views(),
+            micro_batch=config.train.micro_batch,
+            accumulation=self.accumulation,
+            rank=self.rank,
+            world=self.world,
+            seed=config.train.seed,
+            device=self.device,
+            config=config.data,
+            start_step=self.state.step,
+        )
+
+    def _knn(self) -> OnlineKNN | None:
+        config = self.config.evaluate
+        if not config.knn_every:
+            return None
+        if self.val is None or not self.val.classes:
+            why = "there is no validation split (data.val_path)" if self.val is None else "the images have no labels"
+            self.recorder.event(self.state.step, f"no online nearest-neighbour accuracy: {why}")
+            return None
+        return OnlineKNN(
+            config,
+            self.source,
+            self.val,
+            self.config.data,
+            precision=self.config.train.precision,
+            rank=self.rank,
+            world=self.world,
+        )
+
+    def _restore(self) -> checkpoint.TrainState:
+        """Continue from the newest checkpoint, if that is wanted and there is one."""
+        saved = checkpoint.checkpoints(self.output)
+        if not saved or not self.config.train.resume:
+            return checkpoint.TrainState()
+        return checkpoint.restore(saved[-1], self.engine, self.config, dataset=self.source.fingerprint)
+
+    def _describe(self) -> None:
+        """Say what runs, before the first step."""
+        config, method = self.config, self.method
+        if self.rank == 0:
+            (self.output / "config.json").write_text(json.dumps(config.as_dict(), indent=1))
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in method.parameters() if p.requires_grad)
+        if self.state.step:
+            self.recorder.event(self.state.step, f"continuing at step {self.state.step} of {self.total_steps}")
+        self.recorder.say(
+            f"{type(method).__name__}: {count / 1e6:.1f} M parameters on {self.world} x {self.device.type}, "
+            f"{config.train.precision}, ZeRO-{config.train.zero_stage}; {len(self.source)} images, batch "
+            f"{config.train.batch_size} = {config.train.micro_batch} x {self.accumulation} x {self.world}, "
+            f"{self.total_steps} steps, peak lr {config.peak_lr:.3g}"
+        )
+
+
+def prepare_blocks(method: nn.Module, *, recompute: bool, compiled: bool) -> None:
+    """Switch on activation checkpointing and per-block compilation; both keep the names of the parameters."""
+    for module in method.modules():
+        if hasattr(module, "recompute"):
+            module.recompute = recompute
+        if compiled and isinstance(module, Block):
+            module.compile()
