@@ -1,0 +1,46 @@
+"""What a loader hands to the training loop."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    On a GPU its tensors belong to the stream that was current when the batch was yielded.
+    """
+
+    views: list[Tensor]
+    """One uint8 tensor [b, height, width, 3] per view, RGB, on the loader's device."""
+    labels: Tensor | None
+    """[b], int64, on the loader's device; None for unlabelled data."""
+    indices: Tensor
+    """[b], int64, on the CPU: the samples' numbers in the source."""
+    epoch: int
+    """Epoch of the run, from 0."""
+    step: int
+    """Step of the run, from 0 over all epochs; in an evaluation pass, the batch's number."""
+    micro: int
+    """Micro-batch of the step, from 0."""
+
+
+class Loader(Protocol):
+    """Micro-batches without end, from a given step on."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+
+    @property
+    def bad_files(self) -> Mapping[str, str]:
+        """File name to reason, for every file that this process could not use so far."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Start over from the loader's first step."""
+
+    def close(self) -> None:
+        """Stop reading ahead and release threads and memory."""

@@ -1,0 +1,129 @@
+"""Views executed with Pillow: the reference for DALI, and the decoder where DALI is not installed."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import singledispatch
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .reader import DecodeError, Sample, open_image
+from .views import CenterCrop, HorizontalFlip, ImageSize, Op, Params, RandomResizedCrop, Resize, View
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an image to RGB: turned upright by its EXIF orientation, alpha dropped, 16 bits scaled to 8.
+
+    Raises:
+        DecodeError: If it cannot be decoded.
+    """
+    try:
+        image = open_image(data)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # a decoder may raise anything on garbage
+        raise DecodeError(str(error)) from error
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+@singledispatch
+def apply(op: Op, image: Image.Image, params: Params) -> Image.Image:
+    """Execute one operation with drawn parameters."""
+    raise NotImplementedError(f"{type(op).__name__} has no Pillow form")
+
+
+def _crop(image: Image.Image, window: Params) -> Image.Image:
+    top, left, height, width = (int(value) for value in window)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resize(image: Image.Image, size: ImageSize, interpolation: str) -> Image.Image:
+    return image.resize((size[1], size[0]), FILTERS[interpolation])
+
+
+@apply.register
+def _(op: RandomResizedCrop, image: Image.Image, params: Params) -> Image.Image:
+    return _resize(_crop(image, params), op.output_size((0, 0)), op.interpolation)
+
+
+@apply.register
+def _(op: HorizontalFlip, image: Image.Image, params: Params) -> Image.Image:
+    return ImageOps.mirror(image) if params[0] else image
+
+
+@apply.register
+def _(op: Resize, image: Image.Image, params: Params) -> Image.Image:
+    return _resize(image, (int(params[0]), int(params[1])), op.interpolation)
+
+
+@apply.register
+def _(op: CenterCrop, image: Image.Image, params: Params) -> Image.Image:
+    return _crop(image, params)
+
+
+def execute(view: View, image: Image.Image, params: Sequence[Params]) -> npt.NDArray[np.uint8]:
+    """Execute a view on a decoded image.
+
+    Args:
+        view: The view.
+        image: RGB image.
+        params: What `view.draw` returned.
+
+    Returns:
+        [height, width, 3], uint8.
+    """
+    for op, values in zip(view.ops, params, strict=True):
+        image = apply(op, image, values)
+    return np.asarray(image)
+
+
+class PillowDecoder:
+    """Decodes and augments on a pool of threads (Pillow releases the interpreter lock).
+
+    Args:
+        views: The views of every sample.
+        device: Where the batches are wanted.
+        threads: Size of the pool.
+        prefetch: Batches decoded ahead.
+    """
+
+    def __init__(self, views: Sequence[View], *, device: torch.device, threads: int, prefetch: int) -> None:
+        self._views = views
+        self._device = device
+        self._prefetch = prefetch
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vitrail-pillow")
+
+    def _sample(self, sample: Sample) -> list[npt.NDArray[np.uint8]]:
+        image = decode(sample.data)
+        return [execute(view, image, params) for view, params in zip(self._views, sample.params, strict=True)]
+
+    def decode(self, batches: Iterator[Sequence[Sample]]) -> Iterator[list[Tensor]]:
+        """See `vitrail.engine.data.stream.Decoder`."""
+        flying: deque[list[Future[list[npt.NDArray[np.uint8]]]]] = deque()
+        more = True
+        while more or flying:
+            while more and len(flying) <= self._prefetch:
+                batch = next(batches, None)
+                more = batch is not None
+                if batch is not None:
+                    flying.append([self._pool.submit(self._sample, sample) for sample in batch])
+            if flying:
+                images = [future.result() for future in flying.popleft()]
+                yield [self._to_device(torch.from_numpy(np.stack(view))) for view in zip(*images, strict=True)]
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,184 @@
+"""Views as data: what a method wants to see of each image, apart from who executes it.
+
+An operation is a frozen dataclass that knows how to draw its own parameters from a random generator. Drawing happens in
+Python, once per sample; `vitrail.engine.data.dali` and `vitrail.engine.data.pillow` only do arithmetic with the drawn
+numbers. So a view is the same for any number of threads and ranks, and either executor can check the other.
+
+A new operation is a dataclass here with `draw`, and one lowering in each of the two executors.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .faults import DataError
+
+ImageSize: TypeAlias = tuple[int, int]
+"""(height, width) in pixels."""
+
+Params: TypeAlias = npt.NDArray[np.float32]
+"""The numbers that one operation needs for one sample: a float32 vector whose length depends on the operation only."""
+
+Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+
+_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop
+
+
+class Op(Protocol):
+    """One operation of a view."""
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
+        """Draw the parameters for an image of `size`."""
+
+    def output_size(self, size: ImageSize) -> ImageSize:
+        """Size of the result for an image of `size`, where (0, 0) stands for unknown."""
+
+
+def _pair(size: int | ImageSize) -> ImageSize:
+    return (size, size) if isinstance(size, int) else size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop:
+    """Crop a random window and resize it, as torchvision does.
+
+    Ten attempts are made at a window with an area drawn from `scale` (share of the image) and an aspect drawn
+    log-uniformly from `ratio` (width / height); where none fits, the largest central window within `ratio` is taken.
+    """
+
+    size: int | ImageSize
+    """Output size in pixels; a pair is (height, width)."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest aspect, width / height."""
+    interpolation: Interpolation = "bicubic"
+    """Resampling filter, antialiased."""
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
+        """Draw the window (top, left, height, width) in pixels."""
+        height, width = size
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        # One call for all attempts: a generator call costs as much as the rest of an attempt.
+        for area, aspect, down, right in rng.random((_ATTEMPTS, 4)).tolist():
+            target = height * width * (self.scale[0] + area * (self.scale[1] - self.scale[0]))
+            stretch = math.exp(low + aspect * (high - low))
+            w = round(math.sqrt(target * stretch))
+            h = round(math.sqrt(target / stretch))
+            if 0 < w <= width and 0 < h <= height:
+                top, left = int(down * (height - h + 1)), int(right * (width - w + 1))
+                return np.array((top, left, h, w), np.float32)
+        return self._central(size)
+
+    def _central(self, size: ImageSize) -> Params:
+        height, width = size
+        h, w = height, width
+        if width < self.ratio[0] * height:
+            h = round(width / self.ratio[0])
+        elif width > self.ratio[1] * height:
+            w = round(height * self.ratio[1])
+        return np.array(((height - h) // 2, (width - w) // 2, h, w), np.float32)
+
+    def output_size(self, size: ImageSize) -> ImageSize:
+        """The configured size."""
+        return _pair(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizontalFlip:
+    """Mirror left and right with probability `p`."""
+
+    p: float = 0.5
+    """Probability."""
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
+        """Draw one number: 1 to flip, 0 to leave."""
+        return np.array((rng.random() < self.p,), np.float32)
+
+    def output_size(self, size: ImageSize) -> ImageSize:
+        """Unchanged."""
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize:
+    """Resize the shorter side to `size` and keep the aspect, as torchvision does."""
+
+    size: int
+    """Length of the shorter side in pixels."""
+    interpolation: Interpolation = "bicubic"
+    """Resampling filter, antialiased."""
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
+        """Nothing is random; the parameters are the output's (height, width)."""
+        return np.array(self.output_size(size), np.float32)
+
+    def output_size(self, size: ImageSize) -> ImageSize:
+        """The shorter side becomes `size`; the longer one is rounded down."""
+        short, long = min(size), max(size)
+        if short == 0:
+            return size
+        longer = int(self.size * long / short)
+        return (self.size, longer) if size[0] == short else (longer, self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterCrop:
+    """Crop the central window. The image must be at least as large: put `Resize` before it."""
+
+    size: int | ImageSize
+    """Output size in pixels; a pair is (height, width)."""
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
+        """Nothing is random; the parameters are the window (top, left, height, width) in pixels.
+
+        Raises:
+            DataError: If the image is smaller than the window.
+        """
+        (height, width), (h, w) = size, _pair(self.size)
+        if h > height or w > width:
+            raise DataError(
+                f"a centre crop of {h}x{w} was asked of an image of {height}x{width} (height x width); "
+                "expected an image at least as large: put Resize before CenterCrop"
+            )
+        return np.array((round((height - h) / 2), round((width - w) / 2), h, w), np.float32)
+
+    def output_size(self, size: ImageSize) -> ImageSize:
+        """The configured size."""
+        return _pair(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One way of looking at an image: operations in order, ending in a size that is the same for all images."""
+
+    name: str
+    """For messages and logs."""
+    ops: tuple[Op, ...]
+    """Applied from left to right."""
+
+    def __post_init__(self) -> None:
+        if 0 in self.size:
+            raise DataError(
+                f"the view {self.name!r} has no fixed output size; expected RandomResizedCrop or CenterCrop "
+                "after the last Resize"
+            )
+
+    @property
+    def size(self) -> ImageSize:
+        """(height, width) of the view's images in pixels."""
+        size = (0, 0)
+        for op in self.ops:
+            size = op.output_size(size)
+        return size
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> list[Params]:
+        """Draw the parameters of all operations for an image of `size`, in order."""
+        params = []
+        for op in self.ops:
+            params.append(op.draw(rng, size))
+            size = op.output_size(size)
+        return params
