@@ -1,4 +1,4 @@
-"""Where generated files live, and how several processes write them without seeing each other's halves."""
+"""Sharing a machine: its cores, a folder for generated files, and writing without readers seeing halves."""
 
 import fcntl
 import os
@@ -14,6 +14,12 @@ def cache_dir() -> Path:
     folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrail"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def available_threads() -> int:
+    """This process's share of the cores that it may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager

@@ -157,7 +157,7 @@ class DaliDecoder:
             except StopIteration:
                 return
             except RuntimeError as error:
-                raise DecodeError(_last_line(error)) from error
+                raise DecodeError(_reason(error)) from error
             pipeline.schedule_run()
             yield [from_dlpack(output.as_tensor()) for output in outputs]
 
@@ -165,7 +165,8 @@ class DaliDecoder:
         """Nothing is held between calls of `decode`."""
 
 
-def _last_line(error: RuntimeError) -> str:
+def _reason(error: RuntimeError) -> str:
     """What went wrong, out of DALI's account of where in the graph it did."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith("Error") and "operator" not in line), lines[0])
+    what = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
+    # Files are blamed one at a time, so the number within the batch says nothing.
+    return " ".join(what.replace("sample #0", "").split()).removesuffix(" :") or "DALI gave no reason"

@@ -1,7 +1,6 @@
 """Loaders: endless shuffled training batches, and one ordered pass for evaluation."""
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Loader
+from .cache import available_threads
 from .config import DecoderKind
 from .faults import BadFiles, DataError
 from .order import Order, permutation
@@ -19,11 +19,6 @@ from .replay import ReplayLoader, ReplaySource
 from .source import Source
 from .stream import Decoder, Stream
 from .views import View
-
-
-def _own_threads() -> int:
-    """This process's share of the cores that it may run on."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _resolve(device: torch.device | str) -> torch.device:
@@ -66,7 +61,7 @@ class _Pass:
         self._source = source
         self._device = _resolve(device)
         self._bad = BadFiles(len(source))
-        threads = threads or _own_threads()
+        threads = threads or available_threads()
         self._stream = Stream(
             Reader(source, views, seed, self._bad),
             _decoder(decoder, views, batch=batch, device=self._device, threads=threads, prefetch=prefetch),

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .faults import BadFiles
 from .order import sample_rng
@@ -24,7 +24,7 @@ class DecodeError(Exception):
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open an encoded image without decoding it."""
+    """Open an encoded image without decoding it; raises whatever Pillow does."""
     return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
@@ -40,8 +40,10 @@ def image_size(data: bytes) -> ImageSize:
         image = open_image(data)
         # The base class's method: that of PNG images decodes the whole image to look for metadata behind it.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except UnidentifiedImageError:
+        raise DecodeError(f"not one of {', '.join(_FORMATS)}") from None
     except Exception as error:  # a parser may raise anything on garbage
-        raise DecodeError(f"no image header ({error})") from error
+        raise DecodeError(f"damaged header ({error})") from error
     return (image.width, image.height) if orientation in _SIDEWAYS else (image.height, image.width)
 
 
