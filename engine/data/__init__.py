@@ -12,7 +12,7 @@ from .config import DataConfig
 from .faults import DataError
 from .loader import build_loader, evaluation_batches
 from .source import Source
-from .sources import has_validation, open_source
+from .sources import open_source
 from .views import CenterCrop, HorizontalFlip, RandomResizedCrop, Resize, View
 
 __all__ = [
@@ -28,6 +28,5 @@ __all__ = [
     "View",
     "build_loader",
     "evaluation_batches",
-    "has_validation",
     "open_source",
 ]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from .faults import DataError
+
 SourceKind: TypeAlias = Literal["auto", "folder", "tar", "list", "demo", "replay"]
 DecoderKind: TypeAlias = Literal["auto", "gpu", "cpu", "pillow"]
 
@@ -25,3 +27,9 @@ class DataConfig:
     """Micro-batches decoded ahead; as many again are read ahead."""
     replay_batches: int = 8
     """Micro-batches that the replay source holds on the device."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 0), ("prefetch", 1), ("replay_batches", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise DataError(f"--data.{name.replace('_', '-')} is {value}; expected at least {least}")

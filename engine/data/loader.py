@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .batch import Batch, Loader
 from .cache import available_threads
-from .config import DecoderKind
+from .config import DataConfig
 from .faults import BadFiles, DataError
 from .order import Order, permutation
 from .pillow import PillowDecoder
@@ -28,9 +29,8 @@ def _resolve(device: torch.device | str) -> torch.device:
     return device
 
 
-def _decoder(
-    kind: DecoderKind, views: Sequence[View], *, batch: int, device: torch.device, threads: int, prefetch: int
-) -> Decoder:
+def _decoder(config: DataConfig, views: Sequence[View], *, batch: int, device: torch.device, threads: int) -> Decoder:
+    kind, prefetch = config.decoder, config.prefetch
     if kind == "pillow":
         return PillowDecoder(views, device=device, threads=threads, prefetch=prefetch)
     if kind == "gpu" and device.type != "cuda":
@@ -54,19 +54,17 @@ class _Pass:
         batch: int,
         seed: int,
         device: torch.device | str,
-        threads: int,
-        prefetch: int,
-        decoder: DecoderKind,
+        config: DataConfig,
     ) -> None:
         self._source = source
         self._device = _resolve(device)
         self._bad = BadFiles(len(source))
-        threads = threads or available_threads()
+        threads = config.threads or available_threads()
         self._stream = Stream(
             Reader(source, views, seed, self._bad),
-            _decoder(decoder, views, batch=batch, device=self._device, threads=threads, prefetch=prefetch),
+            _decoder(config, views, batch=batch, device=self._device, threads=threads),
             threads=threads,
-            prefetch=prefetch,
+            prefetch=config.prefetch,
         )
 
     @property
@@ -98,9 +96,7 @@ class TrainingLoader(_Pass):
         order: Order,
         *,
         device: torch.device | str,
-        threads: int,
-        prefetch: int,
-        decoder: DecoderKind,
+        config: DataConfig,
         start_step: int,
     ) -> None:
         super().__init__(
@@ -109,9 +105,7 @@ class TrainingLoader(_Pass):
             batch=order.micro_batch,
             seed=order.seed,
             device=device,
-            threads=threads,
-            prefetch=prefetch,
-            decoder=decoder,
+            config=config,
         )
         self._order = order
         self._start_step = start_step
@@ -152,9 +146,7 @@ def build_loader(
     world: int,
     seed: int,
     device: torch.device | str,
-    threads: int = 0,
-    prefetch: int = 2,
-    decoder: DecoderKind = "auto",
+    config: DataConfig | None = None,
     start_step: int = 0,
 ) -> Loader:
     """Build the training loader of one rank.
@@ -171,9 +163,7 @@ def build_loader(
         world: Number of processes.
         seed: The run's seed, at least 0.
         device: Where the batches are wanted.
-        threads: Threads of this process for reading and for decoding; 0 for its share of the machine's cores.
-        prefetch: Micro-batches decoded ahead; as many again are read ahead.
-        decoder: Where to decode; "auto" is DALI on `device`.
+        config: Its decoder, threads and prefetch are used; None for the defaults.
         start_step: First step, counted from 0 over all epochs.
 
     Returns:
@@ -192,9 +182,7 @@ def build_loader(
         views,
         order,
         device=device,
-        threads=threads,
-        prefetch=prefetch,
-        decoder="pillow" if replay else decoder,
+        config=replace(config or DataConfig(), decoder="pillow") if replay else config or DataConfig(),
         start_step=start_step,
     )
     if isinstance(source, ReplaySource):
@@ -213,13 +201,9 @@ class EvaluationPass(_Pass):
         *,
         batch: int,
         device: torch.device | str,
-        threads: int,
-        prefetch: int,
-        decoder: DecoderKind,
+        config: DataConfig,
     ) -> None:
-        super().__init__(
-            source, [view], batch=batch, seed=0, device=device, threads=threads, prefetch=prefetch, decoder=decoder
-        )
+        super().__init__(source, [view], batch=batch, seed=0, device=device, config=config)
         self._indices = indices
         self._size = batch
 
@@ -246,9 +230,7 @@ def evaluation_batches(
     world: int,
     device: torch.device | str,
     limit: int | None = None,
-    threads: int = 0,
-    prefetch: int = 2,
-    decoder: DecoderKind = "auto",
+    config: DataConfig | None = None,
 ) -> EvaluationPass:
     """Build one pass over a source, for features and scores.
 
@@ -265,9 +247,7 @@ def evaluation_batches(
         device: Where the batches are wanted.
         limit: Take this many samples instead of all; always the same random ones, since sources are often sorted by
             class.
-        threads: As for `build_loader`.
-        prefetch: As for `build_loader`.
-        decoder: As for `build_loader`.
+        config: As for `build_loader`.
 
     Returns:
         An iterable of batches with a length and with `bad_files`.
@@ -281,7 +261,5 @@ def evaluation_batches(
         indices[rank::world].tolist(),
         batch=batch,
         device=device,
-        threads=threads,
-        prefetch=prefetch,
-        decoder=decoder,
+        config=config or DataConfig(),
     )

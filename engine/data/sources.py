@@ -6,7 +6,7 @@ GPU is touched.
 
 import glob
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, overload
 
 from .config import DataConfig, SourceKind
 from .demo import demo_folder
@@ -48,18 +48,30 @@ def _open_path(path: Path, kind: SourceKind) -> Source:
     return open_folder(path)
 
 
-def _split_path(config: DataConfig, split: Split) -> Path | None:
-    """The path of a split: as configured, else by the customary folder names; None where there is no such split."""
+def _train_path(config: DataConfig) -> Path:
+    """The folder `train` in the configured path, or the path itself."""
     path = Path(config.path).expanduser()
-    if split == "train":
-        return path / "train" if (path / "train").is_dir() else path
+    return path / "train" if (path / "train").is_dir() else path
+
+
+def _val_path(config: DataConfig) -> Path | None:
+    """The validation images: as configured, else by the customary names; None where there are none."""
     if config.val_path:
         return Path(config.val_path).expanduser()
+    path = _train_path(config)
     parent = path.parent if path.name == "train" else path
     return next((parent / name for name in _VAL_NAMES if (parent / name).is_dir()), None)
 
 
-def open_source(config: DataConfig, split: Split = "train") -> Source:
+@overload
+def open_source(config: DataConfig, split: Literal["train"] = "train") -> Source: ...
+
+
+@overload
+def open_source(config: DataConfig, split: Literal["val"]) -> Source | None: ...
+
+
+def open_source(config: DataConfig, split: Split = "train") -> Source | None:
     """Open the images that a run trains on or is validated on.
 
     Args:
@@ -67,30 +79,22 @@ def open_source(config: DataConfig, split: Split = "train") -> Source:
         split: "train" or "val".
 
     Returns:
-        The source; its length, labels and names are known, no image has been read.
+        The source; its length, labels and names are known, no image has been read. None if there is no validation
+        split: no `val_path`, and no folder `val` in `path` or beside it.
 
     Raises:
         DataError: In one line, if the data is not there or not laid out as expected.
     """
     if config.source == "demo":
         return TarSource(_shards(demo_folder() / split))
-    if config.source == "replay" and not config.path:
-        return ReplaySource(SyntheticSource(), config.replay_batches)
+    if config.source == "replay":
+        if split == "val":  # a benchmark has no accuracy
+            return None
+        images = _open_path(_train_path(config), "auto") if config.path else SyntheticSource()
+        return ReplaySource(images, config.replay_batches)
     if not config.path:
         raise DataError("no data was named; expected --data.path <folder, shards or list>, or --data.source demo")
-    path = _split_path(config, split)
-    if path is None:
-        raise DataError(
-            f"{config.path} has no validation images; expected a folder `val` in it or beside `train`: "
-            "set --data.val_path"
-        )
-    if config.source == "replay":
-        return ReplaySource(_open_path(path, "auto"), config.replay_batches)
-    return _open_path(path, config.source)
-
-
-def has_validation(config: DataConfig) -> bool:
-    """Whether `open_source(config, "val")` has something to open."""
-    if config.source == "demo":
-        return True
-    return bool(config.path) and config.source != "replay" and _split_path(config, "val") is not None
+    if split == "train":
+        return _open_path(_train_path(config), config.source)
+    path = _val_path(config)
+    return None if path is None else _open_path(path, "auto")
