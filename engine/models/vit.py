@@ -182,7 +182,7 @@ class Block(nn.Module):
 
 def build_blocks(config: ViTConfig) -> nn.ModuleList:
     """`depth` blocks with the drop-path rate rising linearly from 0."""
-    rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+    rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
     return nn.ModuleList(
         Block(config.width, config.heads, mlp_ratio=config.mlp_ratio, drop_path=rate, attention=config.attention)
         for rate in rates
