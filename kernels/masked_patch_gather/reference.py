@@ -1,4 +1,4 @@
-"""Patch gather in plain PyTorch: index the pixels first, through a strided view, and convert only what was chosen."""
+"""Patch gather in plain PyTorch: choose among the raw pixels, and convert only what was chosen."""
 
 from collections.abc import Sequence
 
@@ -32,11 +32,10 @@ def forward(
     """
     width = patch_width(patch_size)
     compute = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
-    patches = patch_view(images, patch_size)
+    # Reordering all raw pixels, then copying whole rows, is faster than picking patches from a six-dimensional view.
+    patches = patch_view(images, patch_size).flatten(1, 2).flatten(2)
     batch = torch.arange(images.shape[0], device=images.device)[:, None]
-    grid_width = patches.shape[2]
-    chosen = patches[batch, indices // grid_width, indices % grid_width].flatten(2)
-    values = chosen.to(compute)
+    values = patches[batch, indices].to(compute)
     if images.dtype == torch.uint8:
         values = values.div_(255)
     if mean:

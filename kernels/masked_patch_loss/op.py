@@ -12,6 +12,8 @@ from ..masked_patch_gather.op import FLOAT_DTYPES, IMAGE_DTYPES, patch_size_reas
 from ..registry import Implementation, Op, check_impl, register
 from .reference import compute_dtype
 
+MAX_COLUMNS = 8192
+
 
 def _bind(
     pred: torch.Tensor,
@@ -46,6 +48,12 @@ def _bind(
     return pred, images, masked_indices, patch_size, norm_pix, means, stds
 
 
+def _width_reasons(columns: int) -> list[str]:
+    if columns <= MAX_COLUMNS:
+        return []
+    return [f"pred has {columns} columns; the kernel holds a row in registers and takes {MAX_COLUMNS} at most"]
+
+
 def _triton_reasons(
     pred: torch.Tensor,
     images: torch.Tensor,
@@ -58,6 +66,7 @@ def _triton_reasons(
     return (
         checks.triton_reasons(pred.device)
         + patch_size_reasons(patch_size)
+        + _width_reasons(pred.shape[-1])
         + checks.dtype_reasons(IMAGE_DTYPES, images=images.dtype)
         + checks.dtype_reasons(FLOAT_DTYPES, pred=pred.dtype)
         + checks.last_dim_reasons(pred=pred, masked_indices=masked_indices)

@@ -1,0 +1,74 @@
+"""How Triton kernels are launched: device guard, 64-bit addressing, and a recorder for ahead-of-time compilation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+INT32_BYTES = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel launch as it would happen.
+
+    Attributes:
+        kernel: The ``triton.jit`` function.
+        grid: Number of programs along each axis.
+        args: Positional arguments: tensors and numbers.
+        options: Constexpr arguments and compiler options such as ``num_warps``.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collects launches in place of making them, so that a launcher can be asked on meta tensors what it would run."""
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launches ``kernel`` on the current stream of the device of its first argument, a tensor.
+
+    A grid without programs launches nothing: CUDA would call that an error.
+    """
+    if 0 in grid:
+        return
+    # Said here, since the default is about to change between Triton versions: multiply-add may be fused.
+    options["enable_fp_fusion"] = True
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, options))
+        return
+    device: torch.device = args[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **options)
+
+
+def needs_int64(*tensors: torch.Tensor | None) -> bool:
+    """Whether the farthest element of any tensor lies beyond what 32-bit byte offsets reach.
+
+    Kernels compute offsets in int32 unless this holds, since 64-bit address arithmetic costs registers.
+    """
+    return any(_span(tensor) > INT32_BYTES for tensor in tensors if tensor is not None)
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Returns the number of bytes between the first and the end of the last element of ``tensor``."""
+    if tensor.numel() == 0:
+        return 0
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return elements * tensor.element_size()

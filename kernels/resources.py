@@ -1,0 +1,216 @@
+"""What the compiled Triton kernels use: registers, stack, shared memory, and the widths of their loads and stores.
+
+Everything here works without a GPU. The launchers are called on meta tensors and their launches recorded; each is
+compiled ahead of time for every target with the signature that the just-in-time compiler would derive; the machine
+code is read back with cuobjdump. ``resources.json`` holds the numbers, so that a change shows up in a diff.
+"""
+
+import collections
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .launch import Launch, record_launches
+
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes for one CTA; the compiler does not check it
+TABLE = Path(__file__).with_name("resources.json")
+
+# Modules with a representative_calls() function.
+KERNEL_MODULES = tuple(
+    f"vitrail.kernels.{op}.kernel"
+    for op in ("random_masking", "masked_patch_gather", "restore_tokens", "masked_patch_loss")
+)
+
+TYPES = {
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel uses when compiled for one target.
+
+    Attributes:
+        registers: For each thread.
+        stack: Bytes for each thread; anything but 0 means spills or a local array.
+        shared: Bytes of shared memory for each CTA.
+        local: Number of local-memory instructions (LDL, STL): spills.
+        loads: Number of global load instructions by width in bits.
+        stores: Number of global store instructions by width in bits.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    loads: dict[str, int] = field(default_factory=dict)
+    stores: dict[str, int] = field(default_factory=dict)
+
+
+def collect() -> dict[str, Launch]:
+    """Returns the launches of every representative call, keyed ``op/call/kernel``; those that compile alike, once."""
+    launches: dict[str, Launch] = {}
+    seen: set[str] = set()
+    for module_name in KERNEL_MODULES:
+        module = importlib.import_module(module_name)
+        for call_name, call in module.representative_calls().items():
+            with record_launches() as recorded:
+                call()
+            for launch in recorded:
+                variant = repr((launch.kernel, specialise(launch), launch.options))
+                if variant in seen:
+                    continue
+                seen.add(variant)
+                launches[f"{module_name.split('.')[-2]}/{call_name}/{launch.kernel.__name__}"] = launch
+    return launches
+
+
+def measure(names: list[str] | None = None) -> dict[str, dict[str, Resources]]:
+    """Compiles the named launches, or all, for every target.
+
+    Returns:
+        Resources by launch and by compute capability ("80" is 8.0).
+    """
+    names = list(collect()) if names is None else names
+    jobs = [(name, capability) for name in names for capability in CAPABILITIES]
+    table: dict[str, dict[str, Resources]] = collections.defaultdict(dict)
+    # Forking a process that holds torch's threads is not safe; spawned workers import afresh.
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=get_context("spawn")) as pool:
+        for (name, capability), resources in zip(jobs, pool.map(_compile_named, jobs, chunksize=4), strict=True):
+            table[name][str(capability)] = resources
+    return dict(table)
+
+
+def _compile_named(job: tuple[str, int]) -> Resources:
+    name, capability = job
+    return compile_launch(collect()[name], capability)
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compiles one launch ahead of time and reads its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = specialise(launch)
+    options = {key: value for key, value in launch.options.items() if key not in constants}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return parse(disassemble(compiled.asm["cubin"]), compiled.metadata.shared)
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Derives a launch's compile-time signature as the just-in-time compiler does.
+
+    An integer equal to 1 becomes a constant; an integer that is a multiple of 16 is marked as such, and so are
+    pointers, since the allocator aligns tensors.
+
+    Returns:
+        Type by argument name, constants by argument name, attributes by argument position.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    values.update({name: value for name, value in launch.options.items() if name in launch.kernel.arg_names})
+    for index, parameter in enumerate(launch.kernel.params):
+        value = values[parameter.name]
+        kind = "constexpr" if parameter.is_constexpr else _type(value)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or value == 1:
+        return "constexpr"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def disassemble(cubin: bytes) -> str:
+    """Returns cuobjdump's resource line and listing of a cubin, with the copy that comes with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def parse(listing: str, shared: int) -> Resources:
+    """Reads a listing of :func:`disassemble`; ``shared`` is the dynamic shared memory that Triton asks for."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    if usage is None:
+        raise ValueError("cuobjdump printed no resource usage")
+    counts: dict[str, collections.Counter[str]] = {"LDG": collections.Counter(), "STG": collections.Counter()}
+    local = 0
+    for name, suffix in re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)\s", listing):
+        if name in counts:
+            counts[name][_width(suffix)] += 1
+        else:
+            local += 1
+    loads, stores = (dict(sorted(counter.items(), key=lambda item: int(item[0]))) for counter in counts.values())
+    return Resources(int(usage[1]), int(usage[2]), shared, local, loads, stores)
+
+
+def _width(suffix: str) -> str:
+    """Returns the width in bits that the suffix of a load or store names; plain ones move 32."""
+    match = re.search(r"\.(?:[US](8|16)|(64|128|256))\b", suffix)
+    return (match[1] or match[2]) if match else "32"
+
+
+def faults(resources: Resources, capability: int) -> list[str]:
+    """Returns what no kernel may do, whatever the compiler version: spill, use the stack, ask for too much memory."""
+    found = []
+    if resources.stack or resources.local:
+        found.append(f"{resources.stack} B of stack and {resources.local} local-memory instructions, expected none")
+    if resources.shared > SHARED_LIMIT[capability]:
+        found.append(f"{resources.shared} B of shared memory, the limit is {SHARED_LIMIT[capability]} B")
+    return found
+
+
+def as_json(table: dict[str, dict[str, Resources]]) -> str:
+    """Formats a table with the Triton version that it holds for, one line for each kernel and target."""
+    import triton
+
+    lines = []
+    for name, row in table.items():
+        entries = ",\n".join(f'      "{target}": {json.dumps(asdict(entry))}' for target, entry in row.items())
+        lines.append(f"    {json.dumps(name)}: {{\n{entries}\n    }}")
+    body = ",\n".join(lines)
+    return f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{body}\n  }}\n}}\n'
+
+
+def from_json(text: str) -> tuple[str, dict[str, dict[str, Resources]]]:
+    """Reads what :func:`as_json` wrote: the Triton version and the table."""
+    document = json.loads(text)
+    table = {
+        name: {target: Resources(**entry) for target, entry in row.items()} for name, row in document["kernels"].items()
+    }
+    return document["triton"], table

@@ -1,0 +1,261 @@
+"""Token restoring in Triton: one launch forward; backward, one pass over the gradient and fixed-order sums."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import launch, needs_int64
+from ..reduction import sum_partials
+
+ROWS = 4  # tokens (forward) or samples (backward) of a tile
+MAX_BLOCK = 512  # columns of a tile: a whole row of MAE's decoder
+PROGRAMS = 2048  # that the backward aims at: a fixed number, so that every GPU adds alike
+
+
+@triton.jit
+def restore_kernel(
+    visible,
+    ids_restore,
+    mask_token,
+    pos_embed,
+    out,
+    tokens,
+    width,
+    num_prefix,
+    num_visible,
+    stride_visible_b,
+    stride_visible_t,
+    stride_ids,
+    stride_mask,
+    stride_pos,
+    HAS_POS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """Writes a block of columns of ROWS tokens of one sample; ``stride_mask`` is 0 for a single mask token."""
+    blocks = tl.cdiv(tokens, ROWS)
+    sample = tl.program_id(0) // blocks
+    token = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = token < tokens
+    if INT64:
+        sample = sample.to(tl.int64)
+        token = token.to(tl.int64)
+
+    is_prefix = token < num_prefix
+    rank = tl.load(ids_restore + sample * stride_ids + token - num_prefix, mask=inside & (is_prefix == 0), other=0)
+    is_visible = is_prefix | ((rank >= 0) & (rank < num_visible))
+    source = tl.where(is_prefix, token, num_prefix + tl.where(is_visible, rank, 0).to(token.dtype))[:, None]
+    in_tile = inside[:, None] & (column < width)
+    from_visible = in_tile & is_visible[:, None]
+    from_mask = in_tile & (is_visible[:, None] == 0)
+
+    row = visible + sample * stride_visible_b + source * stride_visible_t
+    value = tl.load(row + column, mask=from_visible, other=0.0).to(tl.float32)
+    place = (token - num_prefix)[:, None] * stride_mask
+    filler = tl.load(mask_token + place + column, mask=from_mask, other=0.0).to(tl.float32)
+    value = tl.where(from_visible, value, filler)
+    if HAS_POS:
+        value += tl.load(pos_embed + token[:, None] * stride_pos + column, mask=in_tile, other=0.0).to(tl.float32)
+    target = out + (sample * tokens + token)[:, None] * width + column
+    tl.store(target, value.to(out.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit
+def restore_backward_kernel(
+    grad,
+    ids_restore,
+    grad_visible,
+    mask_partials,
+    pos_partials,
+    batch,
+    tokens,
+    width,
+    num_prefix,
+    num_visible,
+    samples_per_program,
+    stride_grad_b,
+    stride_grad_t,
+    stride_grad_d,
+    stride_ids,
+    WANT_VISIBLE: tl.constexpr,
+    WANT_MASK: tl.constexpr,
+    WANT_POS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """Reads one token's gradient over a share of the samples: moves visible rows, sums masked rows and all rows."""
+    token = tl.program_id(0)
+    share = tl.program_id(1)
+    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    if INT64:
+        token = token.to(tl.int64)
+    length = tokens - num_prefix
+    position = token - num_prefix  # negative for a prefix token
+    mask_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    pos_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    end = min((share + 1) * samples_per_program, batch)
+    for start in range(share * samples_per_program, end, ROWS):
+        sample = start + tl.arange(0, ROWS)
+        inside = sample < end
+        if INT64:
+            sample = sample.to(tl.int64)
+        in_tile = inside[:, None] & (column < width)[None, :]
+        place = grad + sample[:, None] * stride_grad_b + token * stride_grad_t + column[None, :] * stride_grad_d
+        value = tl.load(place, mask=in_tile, other=0.0).to(tl.float32)
+        # A prefix token keeps its row: as ranks count from the first patch token, its rank is its position.
+        rank = position + tl.zeros([ROWS], tl.int64)
+        if position >= 0:
+            rank = tl.load(ids_restore + sample * stride_ids + position, mask=inside, other=0)
+            rank = tl.where(rank < 0, num_visible, rank)  # out of range counts as masked
+        is_visible = rank < num_visible
+        if WANT_VISIBLE:
+            row = sample * (num_prefix + num_visible) + num_prefix + tl.where(is_visible, rank, 0).to(sample.dtype)
+            target = grad_visible + row[:, None] * width + column[None, :]
+            tl.store(target, value.to(grad_visible.dtype.element_ty), mask=in_tile & is_visible[:, None])
+        if WANT_MASK:
+            mask_sum += tl.where(is_visible[:, None], 0.0, value)
+        if WANT_POS:
+            pos_sum += value
+    if WANT_MASK and position >= 0:
+        target = mask_partials + (share * length + position) * width + column
+        tl.store(target, tl.sum(mask_sum, 0), mask=column < width)
+    if WANT_POS:
+        target = pos_partials + (share * tokens + token) * width + column
+        tl.store(target, tl.sum(pos_sum, 0), mask=column < width)
+
+
+def forward(
+    visible: torch.Tensor,
+    ids_restore: torch.Tensor,
+    mask_token: torch.Tensor,
+    pos_embed: torch.Tensor | None,
+    num_prefix: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Launches the restoring. Arguments and result as in the reference."""
+    batch, length = ids_restore.shape
+    tokens, width = num_prefix + length, visible.shape[2]
+    out = torch.empty((batch, tokens, width), dtype=dtype, device=visible.device)
+    block = min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK)
+    launch(
+        restore_kernel,
+        (batch * triton.cdiv(tokens, ROWS), triton.cdiv(width, block)),
+        visible,
+        ids_restore,
+        mask_token,
+        pos_embed,
+        out,
+        tokens,
+        width,
+        num_prefix,
+        visible.shape[1] - num_prefix,
+        visible.stride(0),
+        visible.stride(1),
+        ids_restore.stride(0),
+        mask_token.stride(0) if mask_token.ndim == 2 else 0,
+        0 if pos_embed is None else pos_embed.stride(0),
+        HAS_POS=pos_embed is not None,
+        ROWS=ROWS,
+        BLOCK=block,
+        INT64=needs_int64(visible, ids_restore, mask_token, pos_embed, out),
+        num_warps=4,
+    )
+    return out
+
+
+def backward(
+    grad: torch.Tensor,
+    ids_restore: torch.Tensor,
+    num_visible: int,
+    num_prefix: int,
+    visible_dtype: torch.dtype | None,
+    mask_dtype: torch.dtype | None,
+    per_position: bool,
+    pos_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launches the pass over the gradient and the sums. Arguments and results as in the reference."""
+    batch, tokens, width = grad.shape
+    length = tokens - num_prefix
+    block = min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK)
+    column_blocks = triton.cdiv(width, block)
+    shares = min(triton.cdiv(PROGRAMS, max(tokens * column_blocks, 1)), max(triton.cdiv(batch, ROWS), 1))
+    samples_per_program = max(triton.cdiv(batch, shares), 1)
+
+    def buffer(shape: tuple[int, ...], wanted: bool, dtype: torch.dtype | None) -> torch.Tensor:
+        return torch.empty(shape if wanted else (0,), dtype=dtype or grad.dtype, device=grad.device)
+
+    want_visible, want_mask, want_pos = (dtype is not None for dtype in (visible_dtype, mask_dtype, pos_dtype))
+    grad_visible = buffer((batch, num_prefix + num_visible, width), want_visible, visible_dtype)
+    mask_partials = buffer((shares, length, width), want_mask, torch.float32)
+    pos_partials = buffer((shares, tokens, width), want_pos, torch.float32)
+    grad_mask = buffer((length, width) if per_position else (width,), want_mask, mask_dtype)
+    grad_pos = buffer((tokens, width), want_pos, pos_dtype)
+    launch(
+        restore_backward_kernel,
+        (tokens, shares, column_blocks),
+        grad,
+        ids_restore,
+        grad_visible,
+        mask_partials,
+        pos_partials,
+        batch,
+        tokens,
+        width,
+        num_prefix,
+        num_visible,
+        samples_per_program,
+        *grad.stride(),
+        ids_restore.stride(0),
+        WANT_VISIBLE=want_visible,
+        WANT_MASK=want_mask,
+        WANT_POS=want_pos,
+        ROWS=ROWS,
+        BLOCK=block,
+        INT64=needs_int64(grad, ids_restore, grad_visible, mask_partials, pos_partials),
+        num_warps=4,
+    )
+    if want_mask:
+        sum_partials(
+            mask_partials.view(shares, -1) if per_position else mask_partials.view(-1, width), grad_mask.view(-1)
+        )
+    if want_pos:
+        sum_partials(pos_partials.view(shares, -1), grad_pos.view(-1))
+    return grad_visible, grad_mask, grad_pos
+
+
+def representative_calls() -> dict[str, Callable[[], object]]:
+    """Returns calls on meta tensors whose launches cover the compiled variants, for the resource table."""
+
+    def restore(
+        visible: torch.dtype, *, width: int = 512, table: bool = False, pos: bool = True, batch: int = 256
+    ) -> object:
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        ids_restore = meta(batch, 256, dtype=torch.int64)
+        mask_token = meta(*((256, width) if table else (width,)))
+        out = forward(
+            meta(batch, 65, width, dtype=visible),
+            ids_restore,
+            mask_token,
+            meta(257, width) if pos else None,
+            1,
+            torch.float32 if pos else visible,
+        )
+        pos_dtype = torch.float32 if pos else None
+        return backward(out, ids_restore, 64, 1, visible, torch.float32, table, pos_dtype)
+
+    return {
+        "bf16 with fp32 positions D512": partial(restore, torch.bfloat16),
+        "fp32 D512": partial(restore, torch.float32),
+        "bf16 mask table without positions D512": partial(restore, torch.bfloat16, table=True, pos=False),
+        "bf16 with fp32 positions D1280": partial(restore, torch.bfloat16, width=1280),
+        "bf16 with fp32 positions D512 int64 offsets": partial(restore, torch.bfloat16, batch=2**14),
+    }
