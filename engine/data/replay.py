@@ -80,10 +80,10 @@ class ReplayLoader:
 
     def __init__(self, loader: Loader, *, batches: int, accumulation: int, start_step: int) -> None:
         self.steps_per_epoch = loader.steps_per_epoch
-        self.bad_files: Mapping[str, str] = loader.bad_files
         self._accumulation = accumulation
         self._start_step = start_step
         self._batches = list(itertools.islice(loader, batches))
+        self.bad_files: Mapping[str, str] = loader.bad_files
         loader.close()
 
     def __iter__(self) -> Iterator[Batch]:

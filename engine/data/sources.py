@@ -5,6 +5,7 @@ GPU is touched.
 """
 
 import glob
+import logging
 from pathlib import Path
 from typing import Literal, TypeAlias, overload
 
@@ -17,6 +18,8 @@ from .source import Source
 from .tar import TarSource
 
 Split: TypeAlias = Literal["train", "val"]
+
+logger = logging.getLogger("vitrail.data")
 
 _VAL_NAMES = ("val", "validation")
 
@@ -90,8 +93,10 @@ def open_source(config: DataConfig, split: Split = "train") -> Source | None:
     if config.source == "replay":
         if split == "val":  # a benchmark has no accuracy
             return None
-        images = _open_path(_train_path(config), "auto") if config.path else SyntheticSource()
-        return ReplaySource(images, config.replay_batches)
+        if config.path:
+            return ReplaySource(_open_path(_train_path(config), "auto"), config.replay_batches)
+        logger.warning("replaying synthetic images: no --data.path was given")
+        return ReplaySource(SyntheticSource(), config.replay_batches)
     if not config.path:
         raise DataError("no data was named; expected --data.path <folder, shards or list>, or --data.source demo")
     if split == "train":

@@ -10,6 +10,7 @@ import logging
 import os
 import tarfile
 import weakref
+import zipfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -111,7 +112,7 @@ def _load(path: Path, description: str) -> dict[str, np.ndarray] | None:
             if saved["description"].item() != description:
                 return None
             return {key: saved[key] for key in ("shard", "offset", "size", "label", "names")}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
