@@ -32,4 +32,4 @@ class DataConfig:
         for name, least in (("threads", 0), ("prefetch", 1), ("replay_batches", 1)):
             value = getattr(self, name)
             if value < least:
-                raise DataError(f"--data.{name.replace('_', '-')} is {value}; expected at least {least}")
+                raise DataError(f"--data.{name} is {value}; expected at least {least}")

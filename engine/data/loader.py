@@ -13,7 +13,7 @@ from .batch import Batch, Loader
 from .cache import available_threads
 from .config import DataConfig
 from .faults import BadFiles, DataError
-from .order import Order, permutation
+from .order import Order, candidates, permutation
 from .pillow import PillowDecoder
 from .reader import Reader, Sample, Slot
 from .replay import ReplayLoader, ReplaySource
@@ -126,8 +126,9 @@ class TrainingLoader(_Pass):
     def _slots(self) -> Iterator[list[Slot]]:
         for step, micro in self._places():
             epoch = self._order.epoch(step)
+            order = permutation(self._order.length, self._order.seed, epoch)
             yield [
-                Slot(epoch, position, partial(self._order.candidates, epoch, position))
+                Slot(epoch, position, partial(candidates, order, position))
                 for position in self._order.positions(step, micro)
             ]
 

@@ -54,6 +54,25 @@ def sample_rng(seed: int, epoch: int, position: int, view: int) -> np.random.Gen
     return np.random.Generator(_philox(seed, _AUGMENTATION, (0, view, position, epoch)))
 
 
+def candidates(order: npt.NDArray[np.int64], position: int) -> Iterator[int]:
+    """Sample indices for a position: the one it holds, then its substitutes, should that one be unusable.
+
+    Substitutes are looked for from half an epoch away: the neighbours are in the same batch already, where a
+    contrastive loss would take the same image twice for two different ones.
+
+    Args:
+        order: An epoch's permutation.
+        position: Position within the epoch.
+
+    Yields:
+        Every sample at least once.
+    """
+    length = len(order)
+    yield int(order[position])
+    for step in range(length):
+        yield int(order[(position + length // 2 + step) % length])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """Which samples each rank takes at each step.
@@ -102,14 +121,3 @@ class Order:
         start = (step % self.steps_per_epoch) * self.global_batch
         start += (micro * self.world + self.rank) * self.micro_batch
         return range(start, start + self.micro_batch)
-
-    def candidates(self, epoch: int, position: int) -> Iterator[int]:
-        """Sample indices for a position: the one it holds, then its substitutes, should that one be unusable.
-
-        Substitutes are looked for from half an epoch away: the neighbours are in the same batch already, where a
-        contrastive loss would take the same image twice for two different ones.
-        """
-        order = permutation(self.length, self.seed, epoch)
-        yield int(order[position])
-        for step in range(self.length):
-            yield int(order[(position + self.length // 2 + step) % self.length])

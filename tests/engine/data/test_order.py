@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from vitrail.engine.data import DataError
-from vitrail.engine.data.order import Order, permutation, sample_rng
+from vitrail.engine.data.order import Order, candidates, permutation, sample_rng
 
 SPLITS = [(1, 1, 16), (1, 16, 1), (2, 1, 8), (2, 4, 2), (4, 2, 2), (16, 1, 1)]  # world, accumulation, micro-batch
 
@@ -52,12 +52,12 @@ def test_epochs_drop_what_fills_no_batch():
 
 
 def test_candidates_begin_with_the_sample_itself_and_leave_none_out():
-    each = order(length=21)
+    each = permutation(21, 3, 2)
     for position in (0, 13, 20):
-        candidates = list(each.candidates(2, position))
-        assert candidates[0] == permutation(21, 3, 2)[position]
-        assert candidates[1] == permutation(21, 3, 2)[(position + 10) % 21]
-        assert set(candidates) == set(range(21))
+        found = list(candidates(each, position))
+        assert found[0] == each[position]
+        assert found[1] == each[(position + 10) % 21]
+        assert set(found) == set(range(21))
 
 
 def test_too_few_samples():

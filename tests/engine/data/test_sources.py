@@ -336,5 +336,5 @@ def test_no_path():
 
 @pytest.mark.parametrize(("field", "value"), [("threads", -1), ("prefetch", 0), ("replay_batches", 0)])
 def test_configuration_out_of_range(field, value):
-    with pytest.raises(DataError, match=f"--data.{field.replace('_', '-')} is {value}; expected at least"):
+    with pytest.raises(DataError, match=f"--data.{field} is {value}; expected at least"):
         DataConfig(**{field: value})
