@@ -138,9 +138,13 @@ def _index(shards: Sequence[Path]) -> dict[str, np.ndarray]:
             return table
         logger.info("indexing %d tar shards in %s", len(shards), shards[0].parent)
         table = _scan(shards)
-        place = places[0] if os.access(shards[0].parent, os.W_OK) else places[1]
-        with replacing(place) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, description=np.array(description), **table)
+        for place in places:
+            try:
+                with replacing(place) as temporary, temporary.open("wb") as file:
+                    np.savez(file, allow_pickle=False, description=np.array(description), **table)
+                break
+            except OSError as error:
+                logger.info("the index cannot be kept as %s: %s", place, error)
         return table
 
 

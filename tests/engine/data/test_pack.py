@@ -39,6 +39,7 @@ def test_packing_shards_again_and_unlabelled_images(tmp_path, photo, encode):
     for number in range(5):
         (tmp_path / f"{number}.jpg").write_bytes(encode(photo(number)))
     pack(opened(tmp_path), tmp_path / "shards")
+    (tmp_path / "again").mkdir()
     pack(opened(tmp_path / "shards"), tmp_path / "again")
     again = opened(tmp_path / "again")
     assert again.classes is None

@@ -7,6 +7,7 @@ import tarfile
 import pytest
 
 from vitrail.engine.data import DataConfig, DataError, open_source
+from vitrail.engine.data.cache import replacing
 from vitrail.engine.data.files import open_folder
 from vitrail.engine.data.tar import TarSource
 
@@ -181,11 +182,17 @@ def test_damaged_index_is_made_anew(tmp_path):
 def test_index_of_read_only_shards_is_kept_in_the_cache(tmp_path, monkeypatch, caplog):
     write_tar(tmp_path / "data/0.tar", SHARD)
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+    def refuse(path):
+        if path.parent == tmp_path / "data":
+            raise PermissionError(13, "Permission denied", str(path))
+        return replacing(path)
+
+    monkeypatch.setattr("vitrail.engine.data.tar.replacing", refuse)
     opened(tmp_path / "data")
     assert not list((tmp_path / "data").glob(".vitrail-index-*"))
     caplog.set_level(logging.INFO, "vitrail.data")
-    opened(tmp_path / "data")
+    assert len(opened(tmp_path / "data")) == 2
     assert not caplog.records
 
 
