@@ -64,6 +64,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend 
         return attended
 
 
+# Size that the scores of a block should have: about a core's share of the second- and third-level cache.
+BLOCK_BYTES = 2 << 20
+
+
+def _blocks(query: Tensor, key: Tensor) -> range:
+    """First image of each block of `[B, h, N, d]` against `[B, h, M, d]`."""
+    per_image = query.shape[1] * query.shape[2] * key.shape[2] * query.element_size()
+    return range(0, query.shape[0], max(1, BLOCK_BYTES // max(1, per_image)))
+
+
 class _CacheBlockedAttention(torch.autograd.Function):
     """Explicit attention over a few images at a time, so that the scores stay in the processor's cache.
 
@@ -71,20 +81,11 @@ class _CacheBlockedAttention(torch.autograd.Function):
     less than writing the probabilities to memory and reading them back.
     """
 
-    BLOCK_BYTES = 2 << 20
-    """Size that the scores of a block should have: about a core's share of the second- and third-level cache."""
-
-    @staticmethod
-    def blocks(query: Tensor, key: Tensor) -> range:
-        """First image of each block."""
-        per_image = query.shape[1] * query.shape[2] * key.shape[2] * query.element_size()
-        return range(0, query.shape[0], max(1, _CacheBlockedAttention.BLOCK_BYTES // max(1, per_image)))
-
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         B, heads, N, d = query.shape
         out = query.new_empty(B, N, heads, d).transpose(1, 2)  # the layout that the output projection reads
-        blocks = _CacheBlockedAttention.blocks(query, key)
+        blocks = _blocks(query, key)
         for i in blocks:
             part = slice(i, i + blocks.step)
             scores = (query[part] * d**-0.5) @ key[part].transpose(-2, -1)
@@ -98,7 +99,7 @@ class _CacheBlockedAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         grads = tuple(torch.empty_like(t) for t in (query, key, value))
-        blocks = _CacheBlockedAttention.blocks(query, key)
+        blocks = _blocks(query, key)
         for i in blocks:
             part = slice(i, i + blocks.step)
             q, k, v, g = (

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..data import Source, evaluation_batches
-from ..evaluate.features import evaluation_mode, evaluation_view, extract
+from ..evaluate.features import Features, evaluation_mode, evaluation_view, extract
 from ..evaluate.knn import knn_accuracy
 from ..evaluate.linear import linear_accuracy
 from ..methods.mae import MAE
@@ -34,32 +34,35 @@ def summarise(
     the run's folder, and prints a table.
 
     Returns:
-        Per row of the table, `{"knn": accuracy, "linear": accuracy}`, 0 to 1.
+        On rank 0, per row of the table, `{"knn": accuracy, "linear": accuracy}`, 0 to 1; elsewhere nothing.
     """
     view = evaluation_view(result.method.views()[0].size)
 
-    def probe(features: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        bank, queries = (
+    def collect(features: Callable[[Tensor], Tensor]) -> tuple[Features, Features]:
+        train_part, val_part = (
             extract(features, source, view, config.data, batch=256, device=device, rank=rank, world=world)
             for source in (train, val)
         )
-        if rank:
-            return {}
-        return {
-            "knn": knn_accuracy(bank, queries, classes=len(val.classes), neighbours=config.evaluate.neighbours),
-            "linear": linear_accuracy(bank, queries),
-        }
+        return train_part, val_part
 
     torch.manual_seed(config.train.seed)
     untrained = config.method.build().to(device)
-    rows = {"raw pixels": probe(lambda images: images.flatten(1) / 255)}
+    found = {"raw pixels": collect(lambda images: images.flatten(1) / 255)}
     for name, method in (("untrained network", untrained), ("trained network", result.method)):
         with evaluation_mode(method, config.train.precision):
-            rows[name] = probe(method.features)
+            found[name] = collect(method.features)
     if isinstance(result.method, MAE):
         with evaluation_mode(result.method, config.train.precision):
             _paint(result.method, config, val, device, rank)
+    rows = {}
     if rank == 0:
+        rows = {
+            name: {
+                "knn": knn_accuracy(bank, queries, classes=len(val.classes), neighbours=config.evaluate.neighbours),
+                "linear": linear_accuracy(bank, queries),
+            }
+            for name, (bank, queries) in found.items()
+        }
         draw_curves(config.train.output / "metrics.jsonl", config.train.output / "curves.png")
         report = {"train_seconds": round(result.train_seconds, 1), "steps": result.step, "accuracy": rows}
         (config.train.output / "summary.json").write_text(json.dumps(report, indent=1))

@@ -6,13 +6,14 @@ import json
 import math
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Loader, Source, build_loader
+from ..data import Batch, Loader, Source, build_loader
 from ..evaluate.knn import OnlineKNN
 from ..methods.base import Method, Schedule
 from ..models.vit import Block
@@ -93,7 +94,7 @@ class Trainer:
             self.recorder.close()
         return RunResult(self.method, self.state.step, self.total_steps, time.perf_counter() - started)
 
-    def _step(self, batches: object) -> None:
+    def _step(self, batches: Iterator[Batch]) -> None:
         """One optimiser step: all micro-batches of a global batch."""
         config, step = self.config, self.state.step
         epoch = step / self.steps_per_epoch
@@ -108,7 +109,7 @@ class Trainer:
         applied = False
         for micro in range(self.accumulation):
             waiting = time.perf_counter()
-            batch = next(batches)  # type: ignore[call-overload]
+            batch = next(batches)
             waited = time.perf_counter() - waiting
             schedule = Schedule(
                 step=step,
@@ -122,7 +123,8 @@ class Trainer:
             self.engine.backward(loss)
             applied, norm = guarded_step(self.engine)
             self.means.add(metrics)
-            self.throughput.add(len(batch), self.method.flops(len(batch)), waited)
+            images = len(batch.indices)
+            self.throughput.add(images, self.method.flops(images), waited)
         self._gradient_norm = norm
         self.method.after_step(applied)
         self.state.step += 1
