@@ -20,7 +20,9 @@ IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 def tiny(**changes) -> MAEConfig:
     encoder = ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=4)
-    return replace(MAEConfig(encoder=encoder, decoder_width=16, decoder_depth=2, decoder_heads=2, **IDENTITY), **changes)
+    return replace(
+        MAEConfig(encoder=encoder, decoder_width=16, decoder_depth=2, decoder_heads=2, **IDENTITY), **changes
+    )
 
 
 def golden_mae(**changes) -> MAE:
@@ -69,7 +71,9 @@ def textbook_loss(model: MAE, images: Tensor, noise: Tensor) -> Tensor:
     config, B, L = model.config, images.shape[0], noise.shape[1]
     p, visible = config.encoder.patch_size, model.visible
     proj = model.encoder.patch_embed.proj
-    tokens = F.conv2d(images, proj.weight, proj.bias, stride=p).flatten(2).transpose(1, 2) + model.encoder.pos_embed[:, 1:]
+    tokens = (
+        F.conv2d(images, proj.weight, proj.bias, stride=p).flatten(2).transpose(1, 2) + model.encoder.pos_embed[:, 1:]
+    )
     shuffle = noise.argsort(dim=1)
     restore = shuffle.argsort(dim=1)
     kept = tokens.gather(1, shuffle[:, :visible, None].expand(-1, -1, tokens.shape[2]))

@@ -1,0 +1,61 @@
+"""The trainer on several ranks, under every ZeRO stage, interrupted, and with broken numbers."""
+
+import math
+
+import pytest
+import training
+from training import STEPS
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
+
+STAGES = "0123"
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory):
+    return {ranks: training.run_case("stages", tmp_path_factory.mktemp(f"ranks{ranks}"), ranks=ranks) for ranks in (1, 2)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_zero_stages_give_the_same_losses_and_weights(by_ranks, ranks):
+    """With an encoder that is applied twice per step, and an accumulation of two on a single rank."""
+    report = by_ranks[ranks]
+    assert len(report["1"]["losses"]) == STEPS
+    assert report["1"]["losses"][-1] < report["1"]["losses"][0]
+    for stage in STAGES:
+        assert report[stage]["losses"] == pytest.approx(report["1"]["losses"], rel=1e-6)
+        assert report[stage]["norms"] == pytest.approx(report["1"]["norms"], rel=1e-5)
+        assert report[stage]["weights"] == pytest.approx(report["1"]["weights"], rel=1e-4, abs=1e-4)
+
+
+def test_two_ranks_equal_one(by_ranks):
+    for stage in STAGES:
+        one, two = by_ranks[1][stage], by_ranks[2][stage]
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_interrupted_runs_continue_exactly(tmp_path, ranks):
+    """SIGTERM reaches one rank after step 3; all ranks save, leave, and the same command goes on."""
+    report = training.run_case("resume", tmp_path, ranks=ranks)
+    for stage in STAGES:
+        run = report[stage]
+        assert run["first"] == 3
+        assert run["finished"]
+        assert run["resumed_losses"] == run["losses"]
+        assert run["resumed"] == run["reference"]
+        assert "continuing at step 3 of 6" in run["events"]
+        assert any("stopped by a signal at step 3" in event for event in run["events"])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+    report = training.run_case("poisoned", tmp_path, ranks=2)
+    for stage in STAGES:
+        run = report[stage]
+        assert run["applied"] == [True, True, False, True, True, True]
+        assert run["finite"]
+        assert math.isnan(run["losses"][2])
+        assert all(map(math.isfinite, run["losses"][3:]))
+        assert run["skipped"] == [0, 0, 1, 1, 1, 1]
+        assert "step 3 skipped: its gradient is not finite" in run["events"]

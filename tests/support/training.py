@@ -1,0 +1,201 @@
+"""Tiny training runs in processes of their own.
+
+As a script, run by torchrun or plain Python, it executes one function of `CASES` on every rank and writes what rank 0
+returns as JSON: `training.py <case> <result.json> <scratch folder>`.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitrail.engine.data import DataConfig, open_source
+from vitrail.engine.methods.base import Schedule
+from vitrail.engine.methods.mae import MAE, MAEConfig
+from vitrail.engine.models.vit import ViTConfig
+from vitrail.engine.train.config import EvaluateConfig, OptimConfig, RunConfig, TrainConfig
+
+STEPS = 6
+IMAGES = 12_000
+
+
+@dataclass(kw_only=True)
+class TwiceConfig(MAEConfig):
+    """A masked autoencoder whose encoder runs twice per step, as those of multi-view methods do."""
+
+    poison: int | None = None
+    """Step whose loss is not a number."""
+
+    def build(self) -> "Twice":
+        return Twice(self)
+
+
+class Twice(MAE):
+    """Adds the loss under a second mask; keeps what `after_step` was told."""
+
+    def __init__(self, config: TwiceConfig) -> None:
+        super().__init__(config)
+        self.poison = config.poison
+        self.applied: list[bool] = []
+
+    def forward(self, batch: Any, schedule: Schedule) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        (images,) = batch.views
+        noise = schedule.uniform(images.shape[0], 2 * self.encoder.length, images.device)
+        first, second = noise.chunk(2, dim=1)
+        loss = self.loss(images, self.masks(first)) + self.loss(images, self.masks(second))
+        if schedule.step == self.poison:
+            loss = loss * math.nan
+        return loss, {"loss": loss.detach()}
+
+    def after_step(self, applied: bool) -> None:
+        self.applied.append(applied)
+
+
+def tiny_config(output: Path, **train: Any) -> RunConfig:
+    """Six steps of batch 16 on the demo images."""
+    encoder = ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=4, drop_path=0.0)
+    return RunConfig(
+        method=TwiceConfig(encoder=encoder, decoder_width=16, decoder_depth=2, decoder_heads=2),
+        data=DataConfig(source="demo", threads=1),
+        optim=OptimConfig(lr=1e-2, warmup_epochs=0.001),
+        train=replace(
+            TrainConfig(
+                epochs=STEPS / (IMAGES // 16),
+                batch_size=16,
+                micro_batch=8,
+                log_every=1,
+                save_every=100,
+                output=output,
+            ),
+            **train,
+        ),
+        evaluate=EvaluateConfig(knn_every=0),
+    )
+
+
+def logged(output: Path, name: str = "loss") -> list[float]:
+    """A quantity of every logged training step, the last line of a step counting."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return list({r["step"]: r[name] for r in lines if r["kind"] == "train"}.values())
+
+
+def events(output: Path) -> list[str]:
+    """Messages of a run's events."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [r["message"] for r in lines if r["kind"] == "event"]
+
+
+def start(script: str | Path, *args: str, ranks: int = 1, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a script on some ranks, its output captured."""
+    command = [sys.executable, str(script), *args]
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [*torchrun, str(script), *args]
+    # Ranks share the test machine's cores; waiting threads must not spin.
+    settings = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.Popen(command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: "subprocess.Popen[str]", *, timeout: float = 300) -> str:
+    """Wait for a started script and return its output; a failure shows the output."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+def run_case(case: str, scratch: Path, *, ranks: int) -> Any:
+    """Run one of `CASES` on some ranks and return its result."""
+    result = scratch / "result.json"
+    finish(start(__file__, case, str(result), str(scratch), ranks=ranks))
+    return json.loads(result.read_text())
+
+
+# --- what runs inside the processes ---------------------------------------------------------------------------------
+
+
+def train(config: RunConfig, *, stop_after: int | None = None) -> Any:
+    """Run a configuration in this process; with `stop_after`, answer a SIGTERM that arrives after so many steps."""
+    from vitrail.engine.train.ds import start_processes
+    from vitrail.engine.train.trainer import Trainer
+
+    rank, world, device = start_processes()
+    source = open_source(config.data, "train")
+    trainer = Trainer(config, train=source, val=None, rank=rank, world=world, device=device)
+    if stop_after is not None:
+        plain = trainer._step
+
+        def interrupted(batches: Any) -> None:
+            plain(batches)
+            if trainer.state.step == stop_after and rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer._step = interrupted
+    return trainer.run()
+
+
+def weights(result: Any, *, sharded: bool = False) -> list[float]:
+    """A fingerprint of the weights: the sum of each tensor."""
+    from vitrail.engine.train.checkpoint import whole_state
+
+    return [v.double().sum().item() for v in whole_state(result.method, sharded=sharded).values()]
+
+
+def stages(scratch: Path) -> Any:
+    """Losses and final weights of ZeRO 0 to 3."""
+    report = {}
+    for stage in range(4):
+        output = scratch / f"stage{stage}"
+        result = train(tiny_config(output, zero_stage=stage))
+        report[stage] = {"weights": weights(result, sharded=stage == 3)}
+        if torch.distributed.get_rank() == 0:
+            report[stage] |= {"losses": logged(output), "norms": logged(output, "gradient_norm")}
+    return report
+
+
+def resume(scratch: Path) -> Any:
+    """For every stage: an interrupted run continued, beside one that was left alone."""
+    report = {}
+    for stage in range(4):
+        whole, parts = scratch / f"whole{stage}", scratch / f"parts{stage}"
+        reference = train(tiny_config(whole, zero_stage=stage))
+        first = train(tiny_config(parts, zero_stage=stage), stop_after=3)
+        second = train(tiny_config(parts, zero_stage=stage))
+        report[stage] = {
+            "first": first.step,
+            "finished": second.finished,
+            "reference": weights(reference, sharded=stage == 3),
+            "resumed": weights(second, sharded=stage == 3),
+        }
+        if torch.distributed.get_rank() == 0:
+            report[stage] |= {"losses": logged(whole), "resumed_losses": logged(parts), "events": events(parts)}
+    return report
+
+
+def poisoned(scratch: Path) -> Any:
+    """For every stage: a step whose gradient is not a number."""
+    report = {}
+    for stage in range(4):
+        output = scratch / f"stage{stage}"
+        config = tiny_config(output, zero_stage=stage)
+        result = train(replace(config, method=replace(config.method, poison=2)))
+        values = weights(result, sharded=stage == 3)
+        report[stage] = {"applied": result.method.applied, "finite": all(map(math.isfinite, values))}
+        if torch.distributed.get_rank() == 0:
+            report[stage] |= {"losses": logged(output), "skipped": logged(output, "skipped"), "events": events(output)}
+    return report
+
+
+CASES = {"stages": stages, "resume": resume, "poisoned": poisoned}
+
+if __name__ == "__main__":
+    case, result_path, scratch_path = sys.argv[1:]
+    outcome = CASES[case](Path(scratch_path))
+    if torch.distributed.get_rank() == 0:
+        Path(result_path).write_text(json.dumps(outcome))
