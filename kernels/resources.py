@@ -6,6 +6,7 @@ code is read back with cuobjdump. ``resources.json`` holds the numbers, so that 
 """
 
 import collections
+import functools
 import importlib
 import json
 import os
@@ -64,6 +65,7 @@ class Resources:
     stores: dict[str, int] = field(default_factory=dict)
 
 
+@functools.cache
 def collect() -> dict[str, Launch]:
     """Returns the launches of every representative call, keyed ``op/call/kernel``; those that compile alike, once."""
     launches: dict[str, Launch] = {}

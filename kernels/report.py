@@ -1,0 +1,62 @@
+"""The environment and the support matrix, as tables for a terminal."""
+
+import importlib.util
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.table import Table
+
+from .checks import interpreting, triton_installed
+from .flags import FLAGS
+from .registry import ops
+
+
+def environment() -> Table:
+    """Returns versions, device and interpreter state."""
+    table = Table("component", "state", title="environment")
+    table.add_row("torch", torch.__version__)
+    for package in ("vitrail", "triton"):
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, "not installed")
+    table.add_row("CUDA that torch was built for", torch.version.cuda or "none")
+    table.add_row("device", _device())
+    extension = importlib.util.find_spec("vitrail.kernels._C") is not None
+    table.add_row("compiled extension", "built" if extension else "not built")
+    table.add_row("Triton kernels run", _triton_state())
+    return table
+
+
+def flags() -> Table:
+    """Returns every environment variable that matters, with its value, default and effect."""
+    table = Table("variable", "value", "default", "effect", title="environment variables")
+    for flag in FLAGS:
+        table.add_row(flag.name, os.environ.get(flag.name, "unset"), flag.default, flag.effect)
+    return table
+
+
+def support() -> Table:
+    """Returns what each implementation of each op takes, in order of preference."""
+    table = Table("op", "implementation", "takes", title="support matrix")
+    for op in ops():
+        for index, implementation in enumerate(op.implementations):
+            last = index == len(op.implementations) - 1
+            table.add_row("" if index else op.name, implementation.name, implementation.supports, end_section=last)
+    return table
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "CPU"
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return f"{torch.cuda.get_device_name()}, compute capability {capability}"
+
+
+def _triton_state() -> str:
+    if not triton_installed():
+        return "not at all: triton is not installed"
+    if interpreting():
+        return 'in the interpreter, when impl="triton" asks for them'
+    return "on the GPU" if torch.cuda.is_available() else "not at all: no GPU, and TRITON_INTERPRET is not set"

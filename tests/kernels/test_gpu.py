@@ -1,0 +1,174 @@
+"""The top rung of the ladder: the compiled kernels on a GPU. ``pytest tests/kernels -m gpu``."""
+
+from functools import partial
+
+import pytest
+import torch
+from ladder import Problem, check_accuracy, evaluate
+from ladder_guards import check_guarded
+
+from vitrail.kernels import (
+    MaskedPatchEmbed,
+    explain,
+    masked_patch_gather,
+    masked_patch_loss,
+    random_masking,
+    restore_tokens,
+)
+from vitrail.kernels.checks import interpreting
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a CUDA GPU, not the interpreter"),
+]
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CALLS = ("random_masking", "masked_patch_gather", "restore_tokens", "masked_patch_loss")
+FUNCTIONS = {
+    "random_masking": random_masking,
+    "masked_patch_gather": masked_patch_gather,
+    "restore_tokens": restore_tokens,
+    "masked_patch_loss": masked_patch_loss,
+}
+
+
+def problem(call: str, batch: int = 8, patch: int = 14, grid: tuple[int, int] = (16, 16), width: int = 512) -> Problem:
+    """One of MAE's four calls at the sizes of ViT-H/14, or at odd ones."""
+    generator = torch.Generator().manual_seed(batch)
+    length, columns = grid[0] * grid[1], -(-3 * patch * patch // 8) * 8
+    keep = length // 4
+    size = (batch, grid[0] * patch, grid[1] * patch, 3)
+    images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    noise = torch.rand(batch, length, generator=generator)
+    ids_keep, ids_mask, ids_restore = random_masking(batch, length, keep, noise=noise)
+    pixels = {"patch_size": patch, "mean": MEAN, "std": STD, "pad_to": columns}
+    randn = partial(torch.randn, generator=generator)
+    return {
+        "random_masking": Problem({"batch": batch, "length": length, "keep": keep, "noise": noise}),
+        "masked_patch_gather": Problem({"images": images / 255, "indices": ids_keep, **pixels}, ("images",)),
+        "restore_tokens": Problem(
+            {
+                "visible": randn(batch, 1 + keep, width),
+                "ids_restore": ids_restore,
+                "mask_token": randn(width),
+                "pos_embed": randn(1 + length, width),
+            },
+            ("visible", "mask_token", "pos_embed"),
+        ),
+        "masked_patch_loss": Problem(
+            {"pred": randn(batch, length - keep, columns), "images": images, "masked_indices": ids_mask, **pixels},
+            ("pred",),
+        ),
+    }[call]
+
+
+def on_gpu(call: str, dtype: torch.dtype = torch.float32, **sizes: object) -> Problem:
+    dtype = torch.float32 if call == "random_masking" else dtype
+    return problem(call, **sizes).to(dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", CALLS)
+def test_close_to_float64(call, dtype):
+    dtype = torch.float32 if call == "random_masking" else dtype
+    reference = partial(FUNCTIONS[call], impl="reference")
+    check_accuracy(FUNCTIONS[call], reference, problem(call), dtype, "triton")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 1, "patch": 8, "grid": (1, 4), "width": 1},
+        {"batch": 3, "patch": 16, "grid": (7, 9), "width": 65},
+        {"batch": 65, "patch": 32, "grid": (3, 2), "width": 1280},
+        {"batch": 2, "patch": 14, "grid": (37, 37), "width": 197},
+    ],
+)
+@pytest.mark.parametrize("call", CALLS)
+def test_odd_shapes(call, sizes):
+    reference = partial(FUNCTIONS[call], impl="reference")
+    check_accuracy(FUNCTIONS[call], reference, problem(call, **sizes), torch.float32, "triton")
+    check_guarded(FUNCTIONS[call], problem(call, **sizes))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_twenty_runs_on_two_streams_are_bit_identical(call):
+    case = on_gpu(call, torch.bfloat16)
+    function = partial(FUNCTIONS[call], impl="triton")
+    first = evaluate(function, case)
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    for repeat in range(20):
+        stream = streams[repeat % 2]
+        stream.wait_stream(streams[1 - repeat % 2])
+        with torch.cuda.stream(stream):
+            again = evaluate(function, case)
+        torch.cuda.synchronize()
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_captured_graph_replays_the_same_result(call):
+    case = on_gpu(call)
+    function = partial(FUNCTIONS[call], impl="triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = {name: value.clone() for name, value in evaluate(function, case).items()}
+    torch.cuda.current_stream().wait_stream(stream)
+    leaves = {name: case.inputs[name].detach().requires_grad_() for name in case.differentiable}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # fails on any host synchronisation
+        outputs = function(**{**case.inputs, **leaves})
+    graph.replay()
+    torch.cuda.synchronize()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for index, output in enumerate(outputs):
+        assert torch.equal(output, expected[f"output {index}"])
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_waits_for_the_device(call):
+    case = on_gpu(call)
+    leaves = {name: case.inputs[name].detach().requires_grad_() for name in case.differentiable}
+    FUNCTIONS[call](**{**case.inputs, **leaves})  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs = FUNCTIONS[call](**{**case.inputs, **leaves})
+        if leaves:
+            outputs.backward(torch.ones_like(outputs))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_auto_takes_triton(call):
+    assert explain(FUNCTIONS[call], **on_gpu(call).inputs)["triton"] == []
+
+
+def test_the_loss_stores_no_target():
+    case = on_gpu("masked_patch_loss", torch.bfloat16, batch=64)
+    masked_patch_loss(**case.inputs)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masked_patch_loss(**case.inputs)
+    assert torch.cuda.max_memory_allocated() - before < 2**20  # the targets would take 27 MB in float32
+
+
+def test_offsets_beyond_32_bits():
+    batch, size, patch = 2**14 + 1, 224, 16  # 2.5 GB of pixels
+    images = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device="cuda")
+    images[-1] = 255
+    indices = torch.full((batch, 1), 195, device="cuda")
+    got = masked_patch_gather(images, indices, patch, impl="triton")
+    assert got[-1].min() == 1
+    assert got[:-1].max() == 0
+
+
+def test_embedding_equals_a_convolution():
+    torch.manual_seed(0)
+    module = MaskedPatchEmbed(None, 16, 64).cuda()
+    images = torch.rand(2, 3, 64, 96, device="cuda")
+    expected = torch.nn.functional.conv2d(images, module.proj.weight, module.proj.bias, stride=16)
+    torch.testing.assert_close(module(images), expected.flatten(2).transpose(1, 2), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,133 @@
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from ladder import kernel_device
+
+from vitrail.kernels import UnsupportedError, explain, masked_patch_gather, random_masking
+from vitrail.kernels.checks import interpreting
+from vitrail.kernels.launch import INT32_BYTES, needs_int64
+from vitrail.kernels.registry import Implementation, Op, ops
+
+
+@dataclass
+class DeviceTensor(torch.Tensor):
+    """A CPU tensor that claims to be on a GPU, for choices that are made from metadata alone."""
+
+    device = torch.device("cuda", 0)
+
+
+def on_gpu(*size: int) -> torch.Tensor:
+    return torch.empty(*size).as_subclass(DeviceTensor)
+
+
+def make_op(*reasons_by_implementation: tuple[str, list[str]]) -> Op:
+    return Op(
+        name="example",
+        bind=lambda *args: args,
+        implementations=tuple(
+            Implementation(name, "math", {"forward": lambda *_, reasons=reasons: reasons}, "anything")
+            for name, reasons in reasons_by_implementation
+        ),
+    )
+
+
+def test_auto_takes_the_first_implementation_without_reasons():
+    op = make_op(("cuda", ["no compiler was there"]), ("triton", []), ("reference", []))
+    assert op.choose("forward", "auto", (on_gpu(2),)).name == "triton"
+    assert op.choose("forward", "auto", (torch.empty(2),)).name == "reference"
+    assert op.choose("forward", "reference", (on_gpu(2),)).name == "reference"
+
+
+def test_a_named_implementation_that_cannot_run_raises_its_reasons():
+    op = make_op(("triton", ["first reason", "second reason"]), ("reference", []))
+    with pytest.raises(UnsupportedError, match="example: impl='triton' cannot run this call") as caught:
+        op.choose("forward", "triton", (torch.empty(2),))
+    assert caught.value.reasons == ["first reason", "second reason"]
+    assert "\n  - second reason" in str(caught.value)
+
+
+def test_rejections_are_logged_once_per_signature(caplog):
+    op = make_op(("triton", ["the moon is full"]), ("reference", []))
+    with caplog.at_level(logging.WARNING, logger="vitrail.kernels"):
+        for size in (5, 5, 6):
+            op.choose("forward", "auto", (on_gpu(size),))
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["example (forward): reference, not triton, because the moon is full"] * 2
+
+
+def test_nothing_is_logged_for_cpu_tensors(caplog):
+    with caplog.at_level(logging.DEBUG, logger="vitrail.kernels"):
+        random_masking(2, 8, 4)
+    assert not caplog.records
+
+
+def test_the_environment_variable_decides_what_auto_means(monkeypatch):
+    op = make_op(("triton", []), ("reference", []))
+    monkeypatch.setenv("VITRAIL_IMPL", "triton")
+    assert op.choose("forward", "auto", (torch.empty(2),)).name == "triton"
+    monkeypatch.setenv("VITRAIL_IMPL", "nonsense")
+    with pytest.raises(UnsupportedError, match="no 'nonsense' implementation; it has triton, reference"):
+        op.choose("forward", "auto", (torch.empty(2),))
+
+
+def test_explain_takes_the_function_or_its_name_and_checks_the_call():
+    arguments = (torch.zeros(1, 16, 16, 3, device=kernel_device()), torch.zeros(1, 2, dtype=torch.int64), 8)
+    arguments = (arguments[0], arguments[1].to(kernel_device()), arguments[2])
+    assert explain(masked_patch_gather, *arguments) == {"triton": [], "reference": []}
+    assert explain("masked_patch_gather", *arguments, impl="triton") == {"triton": [], "reference": []}
+    with pytest.raises(KeyError, match="no op called 'gather'"):
+        explain("gather")
+    with pytest.raises(ValueError, match="pad_to=1"):
+        explain(masked_patch_gather, *arguments, pad_to=1)
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs the interpreter")
+def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UnsupportedError, match="set TRITON_INTERPRET=1 to test the kernel"):
+        random_masking(2, 8, 4, impl="triton")
+
+
+def test_every_op_ends_with_a_reference_that_takes_everything():
+    assert len(ops()) >= 4
+    for op in ops():
+        assert op.implementations[-1].name == "reference"
+        assert all(predicate() == [] for predicate in op.implementations[-1].reasons.values())
+        for implementation in op.implementations:
+            assert all(callable(implementation.function(which)) for which in implementation.reasons)
+
+
+def test_importing_needs_neither_triton_nor_numpy_nor_rich():
+    code = "import sys, vitrail.kernels; print([m for m in ('triton', 'rich', 'vitrail.engine') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_report_names_the_environment_the_flags_and_every_op():
+    command = [sys.executable, "-m", "vitrail.kernels"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for word in (torch.__version__, "VITRAIL_IMPL", "TRITON_INTERPRET", *(op.name for op in ops())):
+        assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "dtype", "expected"),
+    [
+        ((INT32_BYTES,), (1,), torch.uint8, False),
+        ((INT32_BYTES + 1,), (1,), torch.uint8, True),
+        ((2**29 - 1,), (1,), torch.float32, False),
+        ((2**29,), (1,), torch.float32, True),
+        ((2, 2), (2**30, 1), torch.uint8, False),  # few elements, far apart
+        ((4, 2), (2**30, 1), torch.uint8, True),
+        ((0, 2**31), (2**31, 1), torch.uint8, False),
+        ((2**33,), (0,), torch.uint8, False),  # expanded
+    ],
+)
+def test_64_bit_offsets_exactly_where_32_bits_do_not_reach(size, stride, dtype, expected):
+    tensor = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    assert needs_int64(tensor) is expected
+    assert needs_int64(None, torch.empty(1), tensor) is expected

@@ -1,0 +1,116 @@
+"""The compiled kernels, without a GPU: spills, shared memory, and the committed table of what they use."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vitrail.kernels import resources
+from vitrail.kernels.launch import Launch
+from vitrail.kernels.resources import Resources
+
+pytest.importorskip("triton")
+
+SPILLING = Resources(registers=255, stack=16, shared=0, local=4)
+LISTING = """
+ Function kernel:
+  REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:588 TEXTURE:0 SURFACE:0 SAMPLER:0
+        /*0100*/   @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0110*/        LDG.E.U8.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0120*/        LDG.E R4, desc[UR4][R2.64] ;
+        /*0130*/        STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0140*/        LDGSTS.E.128 [R1], desc[UR4][R2.64] ;
+        /*0150*/        STL.64 [R1], R4 ;
+"""
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Compiles everything in a process without the interpreter, which this one may be running under."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "vitrail.kernels", "resources", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return resources.from_json(result.stdout)
+
+
+def test_no_kernel_spills_or_asks_for_too_much_shared_memory(measured):
+    _, table = measured
+    found = {
+        (name, target): faults
+        for name, row in table.items()
+        for target, entry in row.items()
+        if (faults := resources.faults(entry, int(target)))
+    }
+    assert len(table) >= 40
+    assert not found
+
+
+def test_resources_are_those_committed(measured):
+    version, table = measured
+    committed_version, committed = resources.from_json(resources.TABLE.read_text())
+    assert table.keys() == committed.keys(), "run python -m vitrail.kernels resources --write"
+    if version != committed_version:
+        pytest.skip(f"the table is for Triton {committed_version}, and other versions allot other registers")
+    changed = [name for name, row in table.items() if row != committed[name]]
+    assert not changed, f"{changed} changed; if meant, run python -m vitrail.kernels resources --write"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "load", "store"),
+    [
+        ("masked_patch_gather/uint8 HWC P16/gather_kernel", 64, 128),  # 8 pixels of a lane, and 8 bf16 values
+        ("masked_patch_gather/uint8 HWC P14/gather_kernel", 16, 128),  # rows of 42 bytes begin at even addresses
+        ("masked_patch_loss/uint8 HWC P16/loss_kernel", 64, None),
+        ("masked_patch_loss/uint8 HWC P16/loss_backward_kernel", 32, 128),  # 32: the upstream scalar
+        ("restore_tokens/bf16 with fp32 positions D512/restore_kernel", 64, 128),  # 64: the ranks
+        ("restore_tokens/bf16 with fp32 positions D512/restore_backward_kernel", 64, 128),
+    ],
+)
+def test_loads_and_stores_are_as_wide_as_the_layout_allows(measured, kernel, load, store):
+    for entry in measured[1][kernel].values():
+        assert min(map(int, entry.loads)) == load
+        assert store is None or min(map(int, entry.stores)) == store
+
+
+def test_faults_of_a_bad_kernel_are_found():
+    assert resources.faults(SPILLING, 90) == ["16 B of stack and 4 local-memory instructions, expected none"]
+    assert resources.faults(Resources(32, 0, 200_000, 0), 80) == ["200000 B of shared memory, the limit is 166912 B"]
+    assert resources.faults(Resources(32, 0, 200_000, 0), 90) == []
+
+
+def test_a_listing_is_read_by_width_and_spills_are_counted():
+    expected = Resources(40, 0, 1024, 1, {"8": 1, "32": 1, "128": 1}, {"64": 1})
+    assert resources.parse(LISTING, 1024) == expected
+
+
+def test_the_table_survives_writing_and_reading():
+    table = {"op/call/kernel": {"90": SPILLING}}
+    assert resources.from_json(resources.as_json(table))[1] == table
+
+
+def test_signatures_are_specialised_as_the_just_in_time_compiler_does():
+    class Parameter:
+        def __init__(self, name: str, is_constexpr: bool = False) -> None:
+            self.name, self.is_constexpr = name, is_constexpr
+
+    class Kernel:
+        params = [Parameter("x"), *map(Parameter, "abcde"), Parameter("BLOCK", True)]  # noqa: RUF012
+        arg_names = [parameter.name for parameter in params]  # noqa: RUF012
+
+    x = torch.empty(1, dtype=torch.bfloat16, device="meta")
+    launch = Launch(Kernel, (1,), (x, 1, 48, 7, 2**40, 0.5), {"BLOCK": 64, "num_warps": 4})
+    signature, constants, attributes = resources.specialise(launch)
+    assert signature == {
+        "x": "*bf16",
+        "a": "constexpr",
+        "b": "i32",
+        "c": "i32",
+        "d": "i64",
+        "e": "fp32",
+        "BLOCK": "constexpr",
+    }
+    assert constants == {"a": 1, "BLOCK": 64}
+    assert list(attributes) == [(0,), (2,), (4,)]
