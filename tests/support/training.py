@@ -23,6 +23,12 @@ from vitrail.engine.models.vit import ViTConfig
 from vitrail.engine.train.config import EvaluateConfig, OptimConfig, RunConfig, TrainConfig
 
 STEPS = 6
+# The demo of a recipe, cut to six steps of 16 images.
+SHORT_DEMO = [
+    "--demo",
+    *("--train.batch-size", "16", "--train.micro-batch", "8", "--train.epochs", "0.008", "--train.log-every", "1"),
+    *("--evaluate.knn-every", "0", "--optim.warmup-epochs", "0.001", "--data.threads", "1"),
+]
 IMAGES = 12_000
 
 
@@ -192,7 +198,17 @@ def poisoned(scratch: Path) -> Any:
     return report
 
 
-CASES = {"stages": stages, "resume": resume, "poisoned": poisoned}
+def short_demo(scratch: Path) -> Any:
+    """Losses of a demo cut to six steps."""
+    from vitrail.engine.train.launch import parse
+    from vitrail.recipes.mae_vith import recipe
+
+    config, _ = parse(recipe, [*SHORT_DEMO, "--train.output", str(scratch / "run")])
+    train(config)
+    return logged(scratch / "run")
+
+
+CASES = {"stages": stages, "resume": resume, "poisoned": poisoned, "short_demo": short_demo}
 
 if __name__ == "__main__":
     case, result_path, scratch_path = sys.argv[1:]

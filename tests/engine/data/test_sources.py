@@ -136,7 +136,10 @@ def test_more_shards_than_are_kept_open(tmp_path, monkeypatch):
     monkeypatch.setattr("vitrail.engine.data.tar._KEEP_OPEN", 1)
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", {"1.jpg": str(number).encode()})
-    assert [data for _, _, data in contents(opened(tmp_path))] == [b"0", b"1", b"2"]
+    source = opened(tmp_path)
+    before = len(os.listdir("/dev/fd"))
+    assert [data for _, _, data in contents(source)] == [b"0", b"1", b"2"]
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_index_is_reused_and_made_anew_when_a_shard_changes(tmp_path, caplog):

@@ -13,7 +13,9 @@ STAGES = "0123"
 
 @pytest.fixture(scope="module")
 def by_ranks(tmp_path_factory):
-    return {ranks: training.run_case("stages", tmp_path_factory.mktemp(f"ranks{ranks}"), ranks=ranks) for ranks in (1, 2)}
+    return {
+        ranks: training.run_case("stages", tmp_path_factory.mktemp(f"ranks{ranks}"), ranks=ranks) for ranks in (1, 2)
+    }
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,0 +1,127 @@
+"""The `vitrail` command."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from tyro.conf import Positional
+
+from .data import DataConfig, DataError, Source, open_source
+
+PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "xformers", "transformers", "timm")
+"""Packages beside torch and triton whose versions decide what runs."""
+
+
+def doctor() -> None:
+    """Show versions, devices and what each implementation of each op can do here."""
+    from vitrail.kernels import report
+
+    from .models.attention import attention_backend
+
+    table = Table("component", "state", title="vitrail", title_justify="left")
+    for package in PACKAGES:
+        table.add_row(package, _version(package))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table.add_row("device", torch.cuda.get_device_name() if device.type == "cuda" else "CPU")
+    table.add_row("attention", ": ".join(attention_backend("auto", device)))
+    table.add_row("DALI decodes", _dali(device))
+    console = Console()
+    console.print(table)
+    for part in (report.environment(), report.flags(), report.support()):
+        console.print(part)
+
+
+def data_pack(
+    path: Annotated[str, Positional], output: Annotated[Path, Positional], shard_megabytes: int = 1000
+) -> None:
+    """Write images as tar shards, which a network file system reads much faster than single files.
+
+    Args:
+        path: folder of images, tar shards, or text file of paths.
+        output: folder to make.
+        shard_megabytes: size at which a shard is closed.
+    """
+    from .data.pack import pack
+
+    source = _source(path)
+    with _progress() as progress:
+        count = pack(source, output, shard_bytes=shard_megabytes * 1_000_000, progress=progress)
+    Console().print(f"{count} images in {output}")
+
+
+def data_check(path: Annotated[str, Positional], threads: int = 0) -> None:
+    """Decode every image once and report counts, sizes and the files that cannot be read.
+
+    Args:
+        path: folder of images, tar shards, or text file of paths.
+        threads: decoding threads; 0 takes all cores.
+    """
+    from .data.pack import check
+
+    source = _source(path)
+    with _progress() as progress:
+        report = check(source, threads=threads, progress=progress)
+    Console().print(str(report), highlight=False, soft_wrap=True)
+    if report.bad:
+        raise SystemExit(1)
+
+
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "": {"doctor": doctor},
+    "data": {"check": data_check, "pack": data_pack},
+}
+"""Command groups; those of "" stand alone."""
+
+
+def main() -> None:
+    """Entry point: `vitrail <command>` or `vitrail data <command>`; a user's mistake ends with status 2."""
+    group = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in COMMANDS else ""
+    others = ", ".join(f"{name} {command}" for name in COMMANDS if name for command in COMMANDS[name])
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS[group],
+            prog=f"vitrail {group}".rstrip(),
+            args=sys.argv[2:] if group else sys.argv[1:],
+            description=None if group else f"Further commands: {others}.",
+        )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line that the user must see
+        raise SystemExit(2) from None
+
+
+def _source(path: str) -> Source:
+    return open_source(DataConfig(path=path))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, as the callback that data tools take."""
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("images")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _dali(device: torch.device) -> str:
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError as error:
+        return f"nothing ({error}); pass --data.decoder pillow"
+    return "on the GPU" if device.type == "cuda" else "on the CPU"

@@ -1,0 +1,12 @@
+"""A recipe of six tiny steps, started as any recipe is: `tiny_recipe.py <output> [flags]`."""
+
+import sys
+from pathlib import Path
+
+import training
+
+from vitrail.engine.train import launch
+
+if __name__ == "__main__":
+    output, *flags = sys.argv[1:]
+    launch(lambda: training.tiny_config(Path(output)), flags)

@@ -1,0 +1,64 @@
+"""What an installation leaves behind, and what it must leave alone."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """vitrail built and installed as a user would, into a folder of its own."""
+    target, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    for name in ("kernels", "engine", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*pip, str(target), str(source)], check=True, capture_output=True)
+    return target
+
+
+def test_only_the_namespace_lands_in_site_packages(installed):
+    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert names <= {"vitrail", "bin"}
+    assert {path.name for path in (installed / "vitrail").iterdir()} - {"__pycache__"} == {
+        "engine",
+        "kernels",
+        "recipes",
+    }
+
+
+def test_the_wheel_holds_every_package_and_the_tables(installed):
+    for folder in ("kernels", "engine", "recipes"):
+        expected = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.py")}
+        found = {p.relative_to(installed / "vitrail") for p in (installed / "vitrail" / folder).rglob("*.py")}
+        assert found == expected
+    for table in (ROOT / "kernels").glob("*.json"):
+        assert (installed / "vitrail" / "kernels" / table.name).is_file()
+
+
+def test_transformers_still_imports_with_vitrail_installed(installed, tmp_path):
+    """transformers looks for a package called `kernels`; ours must never be found under that name."""
+    program = (
+        "import importlib.util, vitrail.kernels, vitrail.engine.models.vit, transformers\n"
+        "from transformers import ViTMAEForPreTraining\n"
+        "found = importlib.util.find_spec('kernels')\n"
+        "assert found is None or 'vitrail' not in str(found.origin), found\n"
+        "assert importlib.util.find_spec('engine') is None\n"
+        f"assert vitrail.kernels.__file__.startswith({str(installed)!r}), vitrail.kernels.__file__\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_command_is_installed(installed):
+    assert "vitrail.engine.cli:main" in next(installed.glob("*.dist-info/entry_points.txt")).read_text()
