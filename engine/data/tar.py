@@ -127,15 +127,10 @@ def _index(shards: Sequence[Path]) -> dict[str, np.ndarray]:
     names = hashlib.sha256("\n".join(path.name for path in shards).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     beside = shards[0].parent / f".vitrail-index-{names}.npz"
     places = (beside, cache_dir() / f"index-{digest}.npz")
-
-    def saved() -> dict[str, np.ndarray] | None:
-        return next((table for place in places if (table := _load(place, description)) is not None), None)
-
-    if (table := saved()) is not None:
-        return table
-    with locked(f"index-{digest}"):
-        if (table := saved()) is not None:  # another rank was first
-            return table
+    with locked(f"index-{digest}"):  # the first rank scans, the others wait and load
+        for place in places:
+            if (saved := _load(place, description)) is not None:
+                return saved
         logger.info("indexing %d tar shards in %s", len(shards), shards[0].parent)
         table = _scan(shards)
         for place in places:

@@ -59,11 +59,13 @@ def test_flat_folder_is_unlabelled(tmp_path):
     assert source.label(0) is None
 
 
-def test_linked_class_folders_are_followed(tmp_path):
+def test_linked_folders_are_followed(tmp_path):
     touch(tmp_path / "elsewhere/1.jpg")
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data/inside").mkdir(parents=True)
     (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
-    assert opened(tmp_path / "data").name(0) == "linked/1.jpg"
+    (tmp_path / "data/inside/part").symlink_to(tmp_path / "elsewhere")
+    source = opened(tmp_path / "data")
+    assert [source.name(i) for i in range(len(source))] == ["inside/part/1.jpg", "linked/1.jpg"]
 
 
 def test_train_and_val_inside_or_beside(tmp_path):
