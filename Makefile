@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+
+# Waiting threads sleep instead of spinning: ten times faster as soon as anything else runs on the same cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 STAMP  := $(VENV)/.installed
 
 .PHONY: demo test check bench wheelhouse links clean

@@ -5,9 +5,6 @@
 Published result: 83.6 % top-1 after fine-tuning at 224 pixels (table 3 of the paper).
 """
 
-from dataclasses import replace
-from pathlib import Path
-
 try:
     from vitrail.engine.models.vit import vit_base
     from vitrail.engine.train import RunConfig, launch
@@ -17,13 +14,8 @@ except ModuleNotFoundError as error:
 
 
 def recipe() -> RunConfig:
-    """The settings of ViT-H/14; only the encoder is another (appendix A.1: one recipe for all sizes)."""
-    base = mae_vith.recipe()
-    return replace(
-        base,
-        method=replace(base.method, encoder=vit_base(patch_size=16)),
-        train=replace(base.train, output=Path("runs/mae_vitb")),
-    )
+    """The settings of ViT-H/14 with another encoder."""
+    return mae_vith.recipe(encoder=vit_base(patch_size=16), name="mae_vitb")
 
 
 if __name__ == "__main__":

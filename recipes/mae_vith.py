@@ -10,17 +10,17 @@ from pathlib import Path
 
 try:
     from vitrail.engine.methods.mae import MAEConfig
-    from vitrail.engine.models.vit import vit_huge
+    from vitrail.engine.models.vit import ViTConfig, vit_huge
     from vitrail.engine.train import EvaluateConfig, OptimConfig, RunConfig, TrainConfig, launch
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: install vitrail first, with `pip install -e .` in its folder") from None
 
 
-def recipe() -> RunConfig:
-    """The paper's settings (appendix A.1, table 8) where no other source is named."""
+def recipe(encoder: ViTConfig | None = None, name: str = "mae_vith") -> RunConfig:
+    """The paper's settings (appendix A.1, table 8) where no other source is named; they hold for every encoder."""
     return RunConfig(
         method=MAEConfig(
-            encoder=vit_huge(patch_size=14),
+            encoder=encoder or vit_huge(patch_size=14),
             decoder_width=512,  # the same decoder for every encoder (table 1)
             decoder_depth=8,
             decoder_heads=16,  # released code
@@ -39,7 +39,7 @@ def recipe() -> RunConfig:
             batch_size=4096,
             micro_batch=64,  # 64 GPUs x 64 in the released command line; fewer GPUs accumulate
             zero_stage=1,
-            output=Path("runs/mae_vith"),
+            output=Path("runs") / name,
         ),
         evaluate=EvaluateConfig(knn_every=20),
     )

@@ -68,11 +68,16 @@ def extract(
         limit: use only this many images, spread evenly over the split.
         rank: this process.
         world: processes that share the work.
+
+    Raises:
+        ValueError: the images have no labels.
     """
     vectors, labels, indices = [], [], []
     for images in evaluation_batches(
         source, view, batch=batch, rank=rank, world=world, device=device, config=data, limit=limit
     ):
+        if images.labels is None:
+            raise ValueError("features are collected with their labels, and these images have none")
         vectors.append(features(images.views[0]).float())
         labels.append(images.labels)
         indices.append(images.indices)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def knn_predict(
-    queries: Tensor, bank: Features, *, classes: int, neighbours: int = 20, temperature: float = 0.07, chunk: int = 1024
+    queries: Tensor, bank: Features, *, neighbours: int = 20, temperature: float = 0.07, chunk: int = 1024
 ) -> Tensor:
     """Weighted vote of the nearest features by cosine similarity (Wu et al., arXiv 1805.01978; DINO's protocol).
 
@@ -27,7 +27,6 @@ def knn_predict(
     Args:
         queries: `[Q, D]`, not necessarily normalised.
         bank: labelled features.
-        classes: number of classes.
         neighbours: voters per query, at most the size of the bank.
         temperature: of the weights.
         chunk: queries at a time, which bounds the memory.
@@ -36,21 +35,20 @@ def knn_predict(
         Predicted classes int64 `[Q]`.
     """
     neighbours = min(neighbours, len(bank.vectors))
+    classes = int(bank.labels.max()) + 1
     keys = F.normalize(bank.vectors, dim=1)
     predictions = []
     for part in F.normalize(queries, dim=1).split(chunk):
         similarity, nearest = (part @ keys.T).topk(neighbours, dim=1)
-        votes = torch.zeros(len(part), classes, device=part.device)
+        votes = similarity.new_zeros(len(part), classes)
         votes.scatter_add_(1, bank.labels[nearest], (similarity / temperature).exp())
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 
 
-def knn_accuracy(
-    bank: Features, queries: Features, *, classes: int, neighbours: int = 20, temperature: float = 0.07
-) -> float:
+def knn_accuracy(bank: Features, queries: Features, *, neighbours: int = 20, temperature: float = 0.07) -> float:
     """Share of the queries that `knn_predict` gets right, 0 to 1."""
-    predicted = knn_predict(queries.vectors, bank, classes=classes, neighbours=neighbours, temperature=temperature)
+    predicted = knn_predict(queries.vectors, bank, neighbours=neighbours, temperature=temperature)
     return (predicted == queries.labels).float().mean().item()
 
 
@@ -93,7 +91,6 @@ class OnlineKNN:
         accuracy = knn_accuracy(
             bank,
             queries,
-            classes=len(self.val.classes),
             neighbours=self.config.neighbours,
             temperature=self.config.temperature,
         )

@@ -169,7 +169,7 @@ class MAE(Method):
         encoder, width, depth = self.config.encoder, self.config.decoder_width, self.config.decoder_depth
         patch = 3 * encoder.patch_size**2
         length, visible, masked = self.encoder.length, self.visible, self.encoder.length - self.visible
-        forward = 2 * visible * patch * encoder.width
+        forward = 2.0 * visible * patch * encoder.width
         forward += transformer_flops(
             tokens=1 + visible, width=encoder.width, depth=encoder.depth, mlp_ratio=encoder.mlp_ratio
         )

@@ -57,11 +57,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend 
     if chosen == "xformers":
         from xformers.ops import memory_efficient_attention
 
-        out: Tensor = memory_efficient_attention(*(t.transpose(1, 2) for t in (query, key, value)))
+        out = memory_efficient_attention(*(t.transpose(1, 2) for t in (query, key, value)))
         return out.transpose(1, 2)
     with torch.autocast(query.device.type, enabled=False):
-        attended: Tensor = _CacheBlockedAttention.apply(query, key, value)
-        return attended
+        return _CacheBlockedAttention.apply(query, key, value)
 
 
 # Size that the scores of a block should have: about a core's share of the second- and third-level cache.
@@ -98,7 +97,7 @@ class _CacheBlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
-        grads = tuple(torch.empty_like(t) for t in (query, key, value))
+        grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
         blocks = _blocks(query, key)
         for i in blocks:
             part = slice(i, i + blocks.step)

@@ -44,6 +44,7 @@ class MAEDecoder(nn.Module):
     """
 
     num_prefix = 1
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -59,7 +60,6 @@ class MAEDecoder(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"the decoder needs at least one block, got depth {depth}")
-        self.recompute = False  # set by the trainer: activation checkpointing, block by block
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_positions(width, grid, prefix=self.num_prefix))
@@ -88,13 +88,10 @@ class MAEDecoder(nn.Module):
         last = len(self.blocks) - 1
         wanted = None if rows is None else rows + self.num_prefix
         for i, block in enumerate(self.blocks):
-            x = run_block(
-                block, x, qkv=qkv if i == 0 else None, rows=wanted if i == last else None, recompute=self.recompute
-            )
+            x = run_block(block, x, qkv=qkv if i == 0 else None, rows=wanted if i == last else None)
         if rows is None:
             x = x[:, self.num_prefix :]
-        pixels: Tensor = self.pred(self.norm(x))
-        return pixels
+        return self.pred(self.norm(x))
 
     def _first_projection(self, x: Tensor, ids_keep: Tensor, ids_restore: Tensor) -> Tensor:
         """LayerNorm and qkv of the first block for all tokens, `[B, 1 + L, 3 * width]`.
@@ -102,6 +99,7 @@ class MAEDecoder(nn.Module):
         The L possible masked tokens are projected once for the whole batch.
         """
         block = self.blocks[0]
+        assert isinstance(block, Block)
         prefix, patches = self.pos_embed[0].split([self.num_prefix, self.pos_embed.shape[1] - self.num_prefix])
         seen = torch.cat([prefix.expand(x.shape[0], -1, -1), F.embedding(ids_keep, patches)], dim=1)
         table = block.project(self.mask_token[0] + patches)

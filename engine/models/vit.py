@@ -136,6 +136,7 @@ class Block(nn.Module):
         attention: AttentionBackend = "auto",
     ) -> None:
         super().__init__()
+        self.recompute = False  # activation checkpointing, see `run_block`
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
@@ -189,19 +190,16 @@ def build_blocks(config: ViTConfig) -> nn.ModuleList:
     )
 
 
-def run_block(
-    block: nn.Module, x: Tensor, *, qkv: Tensor | None = None, rows: Tensor | None = None, recompute: bool
-) -> Tensor:
-    """Call a block, recomputing its activations in the backward pass if asked to.
+def run_block(block: nn.Module, x: Tensor, *, qkv: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    """Call a block, recomputing its activations in the backward pass if it is set to.
 
     Only non-reentrant checkpointing is correct here: the reentrant form computes wrong gradients under ZeRO-3 for
     modules that are applied more than once in a step.
     """
-    if recompute and torch.is_grad_enabled():
-        out: Tensor = checkpoint(block, x, qkv, rows, use_reentrant=False)
-        return out
-    result: Tensor = block(x, qkv, rows)
-    return result
+    assert isinstance(block, Block)
+    if block.recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, qkv, rows, use_reentrant=False)
+    return block(x, qkv, rows)
 
 
 def xavier_init_(module: nn.Module) -> None:
@@ -237,7 +235,6 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.grid = config.grid
         self.length = self.grid[0] * self.grid[1]
-        self.recompute = False  # set by the trainer: activation checkpointing, block by block
         self.patch_embed = MaskedPatchEmbed(
             image_size=config.size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
         )
@@ -269,9 +266,8 @@ class VisionTransformer(nn.Module):
         prefix = (self.cls_token + self.pos_embed[:, : self.num_prefix]).expand(x.shape[0], -1, -1)
         x = torch.cat([prefix, x], dim=1)
         for block in self.blocks:
-            x = run_block(block, x, recompute=self.recompute)
-        normed: Tensor = self.norm(x)
-        return normed
+            x = run_block(block, x)
+        return self.norm(x)
 
 
 def transformer_flops(*, tokens: float, width: int, depth: float, mlp_ratio: float = 4.0) -> float:

@@ -58,7 +58,7 @@ def summarise(
     if rank == 0:
         rows = {
             name: {
-                "knn": knn_accuracy(bank, queries, classes=len(val.classes), neighbours=config.evaluate.neighbours),
+                "knn": knn_accuracy(bank, queries, neighbours=config.evaluate.neighbours),
                 "linear": linear_accuracy(bank, queries),
             }
             for name, (bank, queries) in found.items()

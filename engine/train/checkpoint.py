@@ -21,11 +21,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import ConfigError, RunConfig
-from .ds import DeepSpeedEngine
 
 PREFIX = "step_"
 

@@ -16,11 +16,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it had to guess
 
 import deepspeed
+from deepspeed import DeepSpeedEngine
 from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.WARNING)
-
-DeepSpeedEngine = deepspeed.DeepSpeedEngine
 
 
 def start_processes() -> tuple[int, int, torch.device]:

@@ -243,7 +243,7 @@ class Trainer:
 def prepare_blocks(method: nn.Module, *, recompute: bool, compiled: bool) -> None:
     """Switch on activation checkpointing and per-block compilation; both keep the names of the parameters."""
     for module in method.modules():
-        if hasattr(module, "recompute"):
+        if isinstance(module, Block):
             module.recompute = recompute
-        if compiled and isinstance(module, Block):
-            module.compile()
+            if compiled:
+                module.compile()

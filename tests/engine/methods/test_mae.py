@@ -101,7 +101,8 @@ def test_optimised_decoder_equals_the_textbook(depth, recompute, size, patch):
     torch.manual_seed(0)
     encoder = ViTConfig(image_size=size, patch_size=patch, width=32, depth=2, heads=4, positions="learned")
     model = MAE(tiny(encoder=encoder, decoder_depth=depth)).double()
-    model.encoder.recompute = model.decoder.recompute = recompute
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        block.recompute = recompute
     images, noise = torch.randn(3, 3, *size, dtype=torch.float64), torch.rand(3, model.encoder.length)
     results = []
     for loss in (model.loss(images, model.masks(noise)), textbook_loss(model, images, noise)):
