@@ -119,7 +119,7 @@ def check_patch_indices(name: str, indices: torch.Tensor, images: torch.Tensor) 
 
 def channel_affine(
     images: torch.Tensor, mean: Sequence[float], std: Sequence[float]
-) -> tuple[list[float], list[float]]:
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns scale and shift for each channel such that ``value * scale + shift`` normalises a pixel.
 
     Args:
@@ -129,5 +129,5 @@ def channel_affine(
     """
     unit = 1 / 255 if images.dtype == torch.uint8 else 1.0
     if not mean:
-        return [unit] * CHANNELS, [0.0] * CHANNELS
-    return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+        return (unit,) * CHANNELS, (0.0,) * CHANNELS
+    return tuple(unit / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))

@@ -112,34 +112,39 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = specialise(launch)
-    options = {key: value for key, value in launch.options.items() if key not in constants}
+    options = {key: value for key, value in launch.options.items() if key not in launch.kernel.arg_names}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return parse(disassemble(compiled.asm["cubin"]), compiled.metadata.shared)
 
 
-def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+def specialise(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Derives a launch's compile-time signature as the just-in-time compiler does.
 
     An integer equal to 1 becomes a constant; an integer that is a multiple of 16 is marked as such, and so are
-    pointers, since the allocator aligns tensors.
+    pointers, since the allocator aligns tensors. The elements of a tuple are treated one by one.
 
     Returns:
-        Type by argument name, constants by argument name, attributes by argument position.
+        Type by argument name; constants and attributes by the position of the argument, and of the element in it.
     """
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    values.update({name: value for name, value in launch.options.items() if name in launch.kernel.arg_names})
-    for index, parameter in enumerate(launch.kernel.params):
-        value = values[parameter.name]
-        kind = "constexpr" if parameter.is_constexpr else _type(value)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[parameter.name] = value
-        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, path: tuple[int, ...], constant: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(element, (*path, index), constant) for index, element in enumerate(value))
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        return _type(value)
+
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
+    signature = {
+        parameter.name: kind(values[parameter.name], (index,), parameter.is_constexpr)
+        for index, parameter in enumerate(launch.kernel.params)
+    }
     return signature, constants, attributes
 
 
@@ -148,8 +153,6 @@ def _type(value: Any) -> str:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"
-    if value is None or value == 1:
-        return "constexpr"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 

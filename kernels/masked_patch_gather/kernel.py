@@ -27,16 +27,9 @@ def gather_kernel(
     num_patches,
     grid_width,
     stride_index,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_c,
-    scale_r,
-    scale_g,
-    scale_b,
-    shift_r,
-    shift_g,
-    shift_b,
+    strides,
+    scale,
+    shift,
     COLUMNS: tl.constexpr,
     PATCH: tl.constexpr,
     ADJACENT: tl.constexpr,
@@ -60,16 +53,9 @@ def gather_kernel(
         inside[:, None] & (column < 3 * PATCH * PATCH),
         num_patches,
         grid_width,
-        stride_b,
-        stride_h,
-        stride_w,
-        stride_c,
-        scale_r,
-        scale_g,
-        scale_b,
-        shift_r,
-        shift_g,
-        shift_b,
+        strides,
+        scale,
+        shift,
         PATCH,
         ADJACENT,
         INT64,
@@ -87,16 +73,9 @@ def scatter_kernel(
     num_patches,
     grid_width,
     stride_index,
-    grad_stride_b,
-    grad_stride_v,
-    grad_stride_k,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_c,
-    scale_r,
-    scale_g,
-    scale_b,
+    grad_strides,
+    strides,
+    scale,
     PATCH: tl.constexpr,
     ADJACENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -112,7 +91,7 @@ def scatter_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wanted = column < 3 * PATCH * PATCH
     indices += sample * stride_index
-    grad += sample * grad_stride_b
+    grad += sample * grad_strides[0]
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, INDEX_BLOCK):
         slots = start + tl.arange(0, INDEX_BLOCK)
@@ -120,11 +99,11 @@ def scatter_kernel(
         if tl.sum(found.to(tl.int32), 0) > 0:  # most blocks hold no match
             for slot in range(start, min(start + INDEX_BLOCK, count)):
                 if tl.load(indices + slot) == patch:
-                    row = grad + slot * grad_stride_v
-                    total += tl.load(row + column * grad_stride_k, mask=wanted, other=0.0).to(tl.float32)
-    total *= by_channel(column, scale_r, scale_g, scale_b)
-    offset = sample * stride_b + patch_offset(patch, grid_width, stride_h, stride_w, PATCH, ADJACENT)
-    offset += value_offset(column, stride_h, stride_w, stride_c, PATCH, ADJACENT)
+                    row = grad + slot * grad_strides[1]
+                    total += tl.load(row + column * grad_strides[2], mask=wanted, other=0.0).to(tl.float32)
+    total *= by_channel(column, scale)
+    offset = sample * strides[0] + patch_offset(patch, grid_width, strides, PATCH, ADJACENT)
+    offset += value_offset(column, strides, PATCH, ADJACENT)
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=wanted)
 
 
@@ -153,9 +132,9 @@ def forward(
         (height // patch_size) * (width // patch_size),
         width // patch_size,
         indices.stride(0),
-        *pixel_strides(images),
-        *scale,
-        *shift,
+        pixel_strides(images),
+        scale,
+        shift,
         COLUMNS=columns,
         PATCH=patch_size,
         ADJACENT=adjacent(images),
@@ -190,9 +169,9 @@ def backward(
         num_patches,
         width // patch_size,
         indices.stride(0),
-        *grad.stride(),
-        *pixel_strides(out),
-        *scale,
+        grad.stride(),
+        pixel_strides(out),
+        scale,
         PATCH=patch_size,
         ADJACENT=adjacent(out),
         BLOCK=BLOCK,

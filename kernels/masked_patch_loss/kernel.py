@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -28,16 +29,9 @@ def load_target(
     num_patches,
     grid_width,
     stride_index,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_c,
-    scale_r,
-    scale_g,
-    scale_b,
-    shift_r,
-    shift_g,
-    shift_b,
+    strides,
+    scale,
+    shift,
     eps,
     PATCH: tl.constexpr,
     ADJACENT: tl.constexpr,
@@ -55,16 +49,9 @@ def load_target(
         wanted,
         num_patches,
         grid_width,
-        stride_b,
-        stride_h,
-        stride_w,
-        stride_c,
-        scale_r,
-        scale_g,
-        scale_b,
-        shift_r,
-        shift_g,
-        shift_b,
+        strides,
+        scale,
+        shift,
         PATCH,
         ADJACENT,
         INT64,
@@ -85,21 +72,13 @@ def loss_kernel(
     rows,
     rows_per_program,
     count,
-    stride_pred_b,
-    stride_pred_m,
+    pred_strides,
     num_patches,
     grid_width,
     stride_index,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_c,
-    scale_r,
-    scale_g,
-    scale_b,
-    shift_r,
-    shift_g,
-    shift_b,
+    strides,
+    scale,
+    shift,
     eps,
     PATCH: tl.constexpr,
     ADJACENT: tl.constexpr,
@@ -124,23 +103,16 @@ def loss_kernel(
             num_patches,
             grid_width,
             stride_index,
-            stride_b,
-            stride_h,
-            stride_w,
-            stride_c,
-            scale_r,
-            scale_g,
-            scale_b,
-            shift_r,
-            shift_g,
-            shift_b,
+            strides,
+            scale,
+            shift,
             eps,
             PATCH,
             ADJACENT,
             NORM_PIX,
             INT64,
         )
-        predicted = pred + sample * stride_pred_b + slot * stride_pred_m + value
+        predicted = pred + sample * pred_strides[0] + slot * pred_strides[1] + value
         error = tl.load(predicted, mask=value < 3 * PATCH * PATCH, other=0.0).to(tl.float32) - target
         total += error * error
     tl.store(partials + program, tl.sum(total, 0))
@@ -153,23 +125,15 @@ def loss_backward_kernel(
     images,
     masked_indices,
     out,
-    scale,
+    factor,
     count,
-    stride_pred_b,
-    stride_pred_m,
+    pred_strides,
     num_patches,
     grid_width,
     stride_index,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_c,
-    scale_r,
-    scale_g,
-    scale_b,
-    shift_r,
-    shift_g,
-    shift_b,
+    strides,
+    scale,
+    shift,
     eps,
     COLUMNS: tl.constexpr,
     PATCH: tl.constexpr,
@@ -194,37 +158,29 @@ def loss_backward_kernel(
         num_patches,
         grid_width,
         stride_index,
-        stride_b,
-        stride_h,
-        stride_w,
-        stride_c,
-        scale_r,
-        scale_g,
-        scale_b,
-        shift_r,
-        shift_g,
-        shift_b,
+        strides,
+        scale,
+        shift,
         eps,
         PATCH,
         ADJACENT,
         NORM_PIX,
         INT64,
     )
-    predicted = pred + sample * stride_pred_b + slot * stride_pred_m + value
+    predicted = pred + sample * pred_strides[0] + slot * pred_strides[1] + value
     error = tl.load(predicted, mask=value < 3 * PATCH * PATCH, other=0.0).to(tl.float32) - target
-    result = error * (tl.load(grad).to(tl.float32) * scale)
+    result = error * (tl.load(grad).to(tl.float32) * factor)
     tl.store(out + row * COLUMNS + value, result.to(out.dtype.element_ty), mask=value < COLUMNS)
 
 
 def _image_arguments(
     images: torch.Tensor, masked_indices: torch.Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float]
-) -> tuple[float, ...]:
+) -> tuple[Any, ...]:
     """Returns the kernels' common arguments from ``num_patches`` to ``eps``."""
     height, width = image_size(images)
     grid_height, grid_width = height // patch_size, width // patch_size
     scale, shift = channel_affine(images, mean, std)
-    strides = (masked_indices.stride(0), *pixel_strides(images))
-    return grid_height * grid_width, grid_width, *strides, *scale, *shift, EPS
+    return grid_height * grid_width, grid_width, masked_indices.stride(0), pixel_strides(images), scale, shift, EPS
 
 
 def forward(
@@ -253,8 +209,7 @@ def forward(
         rows,
         rows_per_program,
         count,
-        pred.stride(0),
-        pred.stride(1),
+        pred.stride(),
         *_image_arguments(images, masked_indices, patch_size, mean, std),
         PATCH=patch_size,
         ADJACENT=adjacent(images),
@@ -293,8 +248,7 @@ def backward(
         out,
         2 / (batch * count * patch_width(patch_size)),
         count,
-        pred.stride(0),
-        pred.stride(1),
+        pred.stride(),
         *_image_arguments(images, masked_indices, patch_size, mean, std),
         COLUMNS=columns,
         PATCH=patch_size,

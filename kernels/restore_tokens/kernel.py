@@ -27,8 +27,7 @@ def restore_kernel(
     width,
     num_prefix,
     num_visible,
-    stride_visible_b,
-    stride_visible_t,
+    visible_strides,
     stride_ids,
     stride_mask,
     stride_pos,
@@ -55,7 +54,7 @@ def restore_kernel(
     from_visible = in_tile & is_visible[:, None]
     from_mask = in_tile & (is_visible[:, None] == 0)
 
-    row = visible + sample * stride_visible_b + source * stride_visible_t
+    row = visible + sample * visible_strides[0] + source * visible_strides[1]
     value = tl.load(row + column, mask=from_visible, other=0.0).to(tl.float32)
     place = (token - num_prefix)[:, None] * stride_mask
     filler = tl.load(mask_token + place + column, mask=from_mask, other=0.0).to(tl.float32)
@@ -79,9 +78,7 @@ def restore_backward_kernel(
     num_prefix,
     num_visible,
     samples_per_program,
-    stride_grad_b,
-    stride_grad_t,
-    stride_grad_d,
+    grad_strides,
     stride_ids,
     WANT_VISIBLE: tl.constexpr,
     WANT_MASK: tl.constexpr,
@@ -107,7 +104,7 @@ def restore_backward_kernel(
         if INT64:
             sample = sample.to(tl.int64)
         in_tile = inside[:, None] & (column < width)[None, :]
-        place = grad + sample[:, None] * stride_grad_b + token * stride_grad_t + column[None, :] * stride_grad_d
+        place = grad + sample[:, None] * grad_strides[0] + token * grad_strides[1] + column[None, :] * grad_strides[2]
         value = tl.load(place, mask=in_tile, other=0.0).to(tl.float32)
         # A prefix token keeps its row: as ranks count from the first patch token, its rank is its position.
         rank = position + tl.zeros([ROWS], tl.int64)
@@ -156,8 +153,7 @@ def forward(
         width,
         num_prefix,
         visible.shape[1] - num_prefix,
-        visible.stride(0),
-        visible.stride(1),
+        visible.stride(),
         ids_restore.stride(0),
         mask_token.stride(0) if mask_token.ndim == 2 else 0,
         0 if pos_embed is None else pos_embed.stride(0),
@@ -211,7 +207,7 @@ def backward(
         num_prefix,
         num_visible,
         samples_per_program,
-        *grad.stride(),
+        grad.stride(),
         ids_restore.stride(0),
         WANT_VISIBLE=want_visible,
         WANT_MASK=want_mask,

@@ -176,14 +176,20 @@ def test_dtype_follows_autocast_then_the_images():
         Fault("drop the last rows", KERNEL, "triton.cdiv(batch * count, ROWS)", "batch * count // ROWS"),
         Fault("padding left unwritten", KERNEL, "& (column < COLUMNS)", "& (column < 3 * PATCH * PATCH)"),
         Fault("gradient keeps only the last duplicate", KERNEL, "total += tl.load(row", "total = tl.load(row"),
-        Fault("gradient ignores std", KERNEL, "total *= by_channel(column, scale_r, scale_g, scale_b)", "total *= 1.0"),
+        Fault("gradient ignores std", KERNEL, "total *= by_channel(column, scale)", "total *= 1.0"),
         Fault(
             "gradient misses the last index",
             KERNEL,
             "min(start + INDEX_BLOCK, count)",
             "min(start + INDEX_BLOCK, count - 1)",
         ),
-        Fault("channels swapped", PIXELS, "(channel == 1, green, blue)", "(channel == 1, blue, green)", (KERNEL,)),
+        Fault(
+            "channels swapped",
+            PIXELS,
+            "(channel == 1, numbers[1], numbers[2])",
+            "(channel == 1, numbers[2], numbers[1])",
+            (KERNEL,),
+        ),
         Fault(
             "grid transposed",
             PIXELS,
@@ -191,7 +197,7 @@ def test_dtype_follows_autocast_then_the_images():
             "(patch // grid_width) * PATCH * step",
             (KERNEL,),
         ),
-        Fault("shift forgotten", PIXELS, "raw * scale + shift", "raw * scale", (KERNEL,)),
+        Fault("shift forgotten", PIXELS, "+ by_channel(value, shift)", "", (KERNEL,)),
     ],
     ids=lambda fault: fault.name,
 )

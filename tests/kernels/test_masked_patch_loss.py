@@ -176,7 +176,7 @@ def test_autocast_leaves_the_loss_in_float32():
         Fault("gradient without its factor 2", KERNEL, "        2 / (batch", "        1 / (batch"),
         Fault("gradient with the wrong sign", KERNEL, "result = error * (", "result = -error * ("),
         Fault("surplus columns left unwritten", KERNEL, "mask=value < COLUMNS", "mask=value < 3 * PATCH * PATCH"),
-        Fault("upstream gradient ignored", KERNEL, "(tl.load(grad).to(tl.float32) * scale)", "scale"),
+        Fault("upstream gradient ignored", KERNEL, "(tl.load(grad).to(tl.float32) * factor)", "factor"),
         Fault("second stage drops rows", REDUCTION, "row < rows", "row < rows - 1", (KERNEL,)),
     ],
     ids=lambda fault: fault.name,

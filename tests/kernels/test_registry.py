@@ -92,6 +92,14 @@ def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
         random_masking(2, 8, 4, impl="triton")
 
 
+def test_without_triton_the_reference_runs(monkeypatch):
+    monkeypatch.setattr("vitrail.kernels.checks.triton_installed", lambda: False)
+    assert explain(random_masking, 2, 8, 4) == {
+        "triton": ["triton is not installed; pip install triton"],
+        "reference": [],
+    }
+
+
 def test_every_op_ends_with_a_reference_that_takes_everything():
     assert len(ops()) >= 4
     for op in ops():
@@ -101,7 +109,7 @@ def test_every_op_ends_with_a_reference_that_takes_everything():
             assert all(callable(implementation.function(which)) for which in implementation.reasons)
 
 
-def test_importing_needs_neither_triton_nor_numpy_nor_rich():
+def test_importing_imports_neither_triton_nor_rich_nor_the_engine():
     code = "import sys, vitrail.kernels; print([m for m in ('triton', 'rich', 'vitrail.engine') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

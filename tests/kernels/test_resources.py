@@ -36,6 +36,7 @@ def measured():
     return resources.from_json(result.stdout)
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_or_asks_for_too_much_shared_memory(measured):
     _, table = measured
     found = {
@@ -48,6 +49,7 @@ def test_no_kernel_spills_or_asks_for_too_much_shared_memory(measured):
     assert not found
 
 
+@pytest.mark.slow
 def test_resources_are_those_committed(measured):
     version, table = measured
     committed_version, committed = resources.from_json(resources.TABLE.read_text())
@@ -58,6 +60,7 @@ def test_resources_are_those_committed(measured):
     assert not changed, f"{changed} changed; if meant, run python -m vitrail.kernels resources --write"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "load", "store"),
     [
@@ -97,20 +100,12 @@ def test_signatures_are_specialised_as_the_just_in_time_compiler_does():
             self.name, self.is_constexpr = name, is_constexpr
 
     class Kernel:
-        params = [Parameter("x"), *map(Parameter, "abcde"), Parameter("BLOCK", True)]  # noqa: RUF012
-        arg_names = [parameter.name for parameter in params]  # noqa: RUF012
+        params = (*map(Parameter, ("x", "count", "strides", "far", "scale")), Parameter("BLOCK", True))
+        arg_names = tuple(parameter.name for parameter in params)
 
     x = torch.empty(1, dtype=torch.bfloat16, device="meta")
-    launch = Launch(Kernel, (1,), (x, 1, 48, 7, 2**40, 0.5), {"BLOCK": 64, "num_warps": 4})
+    launch = Launch(Kernel, (1,), (x, 7, (48, 3, 1), 2**40, 1.0), {"BLOCK": 64, "num_warps": 4})
     signature, constants, attributes = resources.specialise(launch)
-    assert signature == {
-        "x": "*bf16",
-        "a": "constexpr",
-        "b": "i32",
-        "c": "i32",
-        "d": "i64",
-        "e": "fp32",
-        "BLOCK": "constexpr",
-    }
-    assert constants == {"a": 1, "BLOCK": 64}
-    assert list(attributes) == [(0,), (2,), (4,)]
+    assert list(signature.values()) == ["*bf16", "i32", ("i32", "i32", "constexpr"), "i64", "fp32", "constexpr"]
+    assert constants == {(2, 2): 1, (5,): 64}
+    assert list(attributes) == [(0,), (2, 0), (3,)]
