@@ -12,17 +12,21 @@ from sklearn.preprocessing import StandardScaler
 from .features import Features
 
 
-def linear_accuracy(train: Features, test: Features, *, iterations: int = 100) -> float:
-    """Accuracy of multinomial logistic regression on standardised features, 0 to 1.
+def linear_accuracy(train: Features, test: Features, *, standardise: bool = False, iterations: int = 100) -> float:
+    """Accuracy of multinomial logistic regression on frozen features, 0 to 1.
 
-    Standardising stands for the batch normalisation that MAE's linear probe puts before the classifier.
+    The two protocols differ in what they forgive. On features as they are, a direction counts by its variance; after
+    standardising (MAE's probe puts a batch normalisation before the classifier) the faintest direction counts as much
+    as any, so that even random networks look good.
 
     Args:
         train: features that the classifier learns from.
         test: features that it is judged on.
+        standardise: give every feature zero mean and unit variance over `train` first.
         iterations: limit of L-BFGS iterations; reaching it is early stopping, not a failure.
     """
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=iterations))
+    regression = LogisticRegression(max_iter=iterations)
+    classifier = make_pipeline(StandardScaler(), regression) if standardise else regression
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         classifier.fit(train.vectors.cpu().numpy(), train.labels.cpu().numpy())

@@ -50,9 +50,17 @@ class MAEConfig(MethodConfig):
         return MAE(self)
 
     def demo(self) -> MAEConfig:
-        """A ViT 128 wide on patches of 4 pixels, with a decoder to match."""
+        """A ViT 128 wide on patches of 4 pixels, with a decoder to match; digits are neither mirrored nor cut up."""
         encoder = replace(self.encoder, image_size=32, patch_size=4, width=128, depth=4, heads=4)
-        return replace(self, encoder=encoder, decoder_width=64, decoder_depth=2, decoder_heads=4)
+        return replace(
+            self,
+            encoder=encoder,
+            decoder_width=64,
+            decoder_depth=2,
+            decoder_heads=4,
+            crop_scale=(0.7, 1.0),
+            flip=0.0,
+        )
 
 
 class Masks(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,82 +40,104 @@ def attention_backend(requested: AttentionBackend, device: torch.device) -> tupl
     return "math", "on CPU explicit matrix products are faster than scaled_dot_product_attention at ViT sizes"
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend = "auto") -> Tensor:
-    """Softmax attention `softmax(q k^T / sqrt(d)) v`.
+def attend(*packed: Tensor, heads: int, backend: AttentionBackend = "auto") -> Tensor:
+    """Softmax attention `softmax(q k^T / sqrt(d)) v`, straight from the output of the projection.
 
     Args:
-        query: `[B, h, N, d]`, any strides with the last dimension contiguous.
-        key: `[B, h, M, d]`.
-        value: `[B, h, M, d]`.
+        packed: `[q | k | v]` as one tensor `[B, N, 3 D]`, or queries `[B, N, D]` and `[k | v]` `[B, M, 2 D]`.
+        heads: h; a head is d = D / h wide.
         backend: see `attention_backend`.
 
     Returns:
-        `[B, h, N, d]` in the dtype of the query; the softmax accumulates in float32.
+        `[B, N, D]` in the dtype of the input; the softmax accumulates in float32.
     """
-    chosen, _ = attention_backend(backend, query.device)
-    if chosen == "sdpa":
-        return F.scaled_dot_product_attention(query, key, value)
+    chosen, _ = attention_backend(backend, packed[0].device)
+    if chosen == "math":
+        with torch.autocast(packed[0].device.type, enabled=False):
+            return _CacheBlockedAttention.apply(heads, *packed)
+    query, key, value = _split(packed, heads)  # [B, N, h, d]
     if chosen == "xformers":
         from xformers.ops import memory_efficient_attention
 
-        out = memory_efficient_attention(*(t.transpose(1, 2) for t in (query, key, value)))
-        return out.transpose(1, 2)
-    with torch.autocast(query.device.type, enabled=False):
-        return _CacheBlockedAttention.apply(query, key, value)
+        return memory_efficient_attention(query, key, value).flatten(2)
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
 
 
-# Size that the scores of a block should have: about a core's share of the second- and third-level cache.
-BLOCK_BYTES = 2 << 20
+def _split(packed: Sequence[Tensor], heads: int) -> list[Tensor]:
+    """Views `[B, N, h, d]` of the q, k and v that lie side by side in one or two tensors."""
+    width = sum(t.shape[-1] for t in packed) // 3
+    return [part.unflatten(-1, (heads, -1)) for t in packed for part in t.split(width, dim=-1)]
 
 
-def _blocks(query: Tensor, key: Tensor) -> range:
-    """First image of each block of `[B, h, N, d]` against `[B, h, M, d]`."""
-    per_image = query.shape[1] * query.shape[2] * key.shape[2] * query.element_size()
-    return range(0, query.shape[0], max(1, BLOCK_BYTES // max(1, per_image)))
+# Size that the scores of a block may have: what two cores keep in their second- and third-level caches beside the rest.
+BLOCK_BYTES = 3 << 20
 
 
 class _CacheBlockedAttention(torch.autograd.Function):
-    """Explicit attention over a few images at a time, so that the scores stay in the processor's cache.
+    """Explicit attention over a few images at a time, whose scores stay in the processor's cache.
 
     Scores are recomputed in the backward pass: nothing of size N x M outlives a block, and the extra product costs
-    less than writing the probabilities to memory and reading them back.
+    less than writing the probabilities to memory and reading them back. Gradients are written where the projection
+    reads them.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        B, heads, N, d = query.shape
-        out = query.new_empty(B, N, heads, d).transpose(1, 2)  # the layout that the output projection reads
-        blocks = _blocks(query, key)
-        for i in blocks:
-            part = slice(i, i + blocks.step)
-            scores = (query[part] * d**-0.5) @ key[part].transpose(-2, -1)
-            out[part] = scores.softmax(dim=-1) @ value[part]
-        ctx.save_for_backward(query, key, value)
-        return out
+    def forward(ctx: Any, heads: int, *packed: Tensor) -> Tensor:
+        query, key, value = _split(packed, heads)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for block in _blocks(query, key):
+            q, k, v = (_heads_first(t[block]) for t in (query, key, value))
+            _write(out[block], torch.bmm(_probabilities(q, k), v))
+        ctx.heads = heads
+        ctx.save_for_backward(*packed)
+        return out.flatten(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5
-        grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        blocks = _blocks(query, key)
-        for i in blocks:
-            part = slice(i, i + blocks.step)
-            q, k, v, g = (
-                (query[part] * scale).contiguous(),
-                key[part].contiguous(),
-                value[part],
-                grad[part].contiguous(),
-            )
-            probabilities = (q @ k.transpose(-2, -1)).softmax(dim=-1)
-            grads[2][part] = probabilities.transpose(-2, -1) @ g
-            grad_scores = torch.ops.aten._softmax_backward_data(
-                g @ v.transpose(-2, -1), probabilities, -1, probabilities.dtype
-            )
-            grads[0][part] = (grad_scores @ k) * scale
-            grads[1][part] = grad_scores.transpose(-2, -1) @ q
-        return grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        packed = ctx.saved_tensors
+        grads = [torch.empty_like(t) for t in packed]
+        query, key, value = _split(packed, ctx.heads)
+        d_query, d_key, d_value = _split(grads, ctx.heads)
+        grad, scale = grad.unflatten(-1, (ctx.heads, -1)), query.shape[-1] ** -0.5
+        for block in _blocks(query, key):
+            q, k, v, g = (_heads_first(t[block]) for t in (query, key, value, grad))
+            probabilities = _probabilities(q, k)
+            _write(d_value[block], torch.bmm(probabilities.transpose(1, 2), g))
+            scores = torch.bmm(g, v.transpose(1, 2))
+            scores = torch.ops.aten._softmax_backward_data(scores, probabilities, -1, scores.dtype)
+            _write(d_query[block], _scaled_product(scores, k, scale))
+            _write(d_key[block], _scaled_product(scores.transpose(1, 2), q, scale))
+        return None, *grads
+
+
+def _blocks(query: Tensor, key: Tensor) -> Iterator[slice]:
+    """As many images at a time as have scores that fit the cache, at least one."""
+    per_image = query.shape[1] * query.shape[2] * key.shape[1] * query.element_size()
+    step = max(1, BLOCK_BYTES // max(1, per_image))
+    return (slice(i, i + step) for i in range(0, query.shape[0], step))
+
+
+def _heads_first(t: Tensor) -> Tensor:
+    """`[b, N, h, d]` to a dense `[b * h, N, d]`."""
+    return t.transpose(1, 2).reshape(-1, t.shape[1], t.shape[3])
+
+
+def _write(target: Tensor, result: Tensor) -> None:
+    """Store `[b * h, N, d]` as `[b, N, h, d]`."""
+    target.copy_(result.view(target.shape[0], target.shape[2], *result.shape[1:]).transpose(1, 2))
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`scale * a @ b` for batches of matrices, scaled in float32 before it is rounded."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """Softmax of the scaled scores of a block, `[b * h, N, M]`."""
+    scores = _scaled_product(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 class QKVLinear(nn.Linear):
@@ -145,12 +168,6 @@ class Attention(nn.Module):
         self.qkv = QKVLinear(width)
         self.proj = nn.Linear(width, width)
 
-    def split(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """`[B, N, n * D]` to `n` tensors `[B, h, N, D / h]` (views)."""
-        B, N, _ = packed.shape
-        return packed.view(B, N, -1, self.heads, self.qkv.in_features // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend and project: three tensors of `split` to `[B, N, D]`."""
-        out = attend(query, key, value, self.backend)
-        return self.proj(out.transpose(1, 2).flatten(2))
+    def forward(self, *packed: Tensor) -> Tensor:
+        """Attend and project; takes what `attend` takes, returns `[B, N, D]`."""
+        return self.proj(attend(*packed, heads=self.heads, backend=self.backend))

@@ -160,25 +160,20 @@ class Block(nn.Module):
             `[B, N, D]`, or `[B, M, D]` with `rows`.
         """
         if rows is None:
-            query, key, value = self.attn.split(self.project(x) if qkv is None else qkv)
+            packed: tuple[Tensor, ...] = (self.project(x) if qkv is None else qkv,)
         else:
-            query, key, value = self._restricted(x, qkv, rows)
+            packed = self._restricted(x, qkv, rows)
             x = take_rows(x, rows)
-        x = x + self.drop_path(self.attn(query, key, value))
+        x = x + self.drop_path(self.attn(*packed))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def _restricted(self, x: Tensor, qkv: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `rows` alone, keys and values of all tokens."""
-        width = x.shape[-1]
-        if qkv is None:
-            normed = self.norm1(x)
-            packed_kv = self.attn.qkv(normed, "kv")
-            packed_q = self.attn.qkv(take_rows(normed, rows), "q")
-        else:
-            packed_kv = qkv[..., width:]
-            packed_q = take_rows(qkv[..., :width], rows)
-        (query,), (key, value) = self.attn.split(packed_q), self.attn.split(packed_kv)
-        return query, key, value
+    def _restricted(self, x: Tensor, qkv: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of `rows` alone `[B, M, D]`, keys and values of all tokens `[B, N, 2 D]`."""
+        if qkv is not None:
+            width = x.shape[-1]
+            return take_rows(qkv[..., :width], rows), qkv[..., width:]
+        normed = self.norm1(x)
+        return self.attn.qkv(take_rows(normed, rows), "q"), self.attn.qkv(normed, "kv")
 
 
 def build_blocks(config: ViTConfig) -> nn.ModuleList:

@@ -34,7 +34,7 @@ def summarise(
     the run's folder, and prints a table.
 
     Returns:
-        On rank 0, per row of the table, `{"knn": accuracy, "linear": accuracy}`, 0 to 1; elsewhere nothing.
+        On rank 0, per row of the table, accuracies `knn`, `linear` and `linear_standardised`, 0 to 1; elsewhere nothing.
     """
     view = evaluation_view(result.method.views()[0].size)
 
@@ -60,6 +60,7 @@ def summarise(
             name: {
                 "knn": knn_accuracy(bank, queries, neighbours=config.evaluate.neighbours),
                 "linear": linear_accuracy(bank, queries),
+                "linear_standardised": linear_accuracy(bank, queries, standardise=True),
             }
             for name, (bank, queries) in found.items()
         }
@@ -92,10 +93,11 @@ def _paint(method: MAE, config: RunConfig, val: Source, device: torch.device, ra
 
 def _print(rows: dict[str, dict[str, float]], result: RunResult, config: RunConfig) -> None:
     table = Table(title=f"{result.step} steps in {result.train_seconds:.0f} s", title_justify="left")
-    for column in ("features", "20-NN accuracy", "linear accuracy"):
-        table.add_column(column, justify="left" if column == "features" else "right")
+    table.add_column("features")
+    for column in ("20-NN", "linear", "linear, standardised"):
+        table.add_column(column, justify="right")
     for name, scores in rows.items():
-        table.add_row(name, f"{100 * scores['knn']:.1f} %", f"{100 * scores['linear']:.1f} %")
+        table.add_row(name, *(f"{100 * score:.1f} %" for score in scores.values()))
     console = Console()
     console.print(table)
     gain = 100 * (rows["trained network"]["linear"] - rows["untrained network"]["linear"])

@@ -44,6 +44,9 @@ def test_knn_is_chance_without_structure():
 def test_linear_probe_separates_what_is_linear():
     train, test = clusters(400, 1, 0.5), clusters(200, 2, 0.5)
     assert linear_accuracy(train, test) > 0.97
+    assert linear_accuracy(train, test, standardise=True) > 0.97
+    faint = [Features(f.vectors * 1e-4, f.labels) for f in (train, test)]
+    assert linear_accuracy(*faint) < linear_accuracy(*faint, standardise=True) - 0.1
     shuffled = Features(train.vectors, train.labels[torch.randperm(400)])
     assert linear_accuracy(shuffled, test) < 0.5
 

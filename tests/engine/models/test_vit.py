@@ -57,36 +57,51 @@ def test_sincos_width_is_checked():
         sincos_positions(30, (2, 2))
 
 
+def plain_attention(q, k, v, heads):
+    """scaled_dot_product_attention on `[B, N, D]` tensors."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 @pytest.mark.parametrize("block_bytes", [1, 500, 1 << 20])
 @pytest.mark.parametrize(("n", "m"), [(5, 5), (3, 7), (1, 4)])
 def test_cache_blocked_attention(monkeypatch, block_bytes, n, m):
     """Values against scaled_dot_product_attention, gradients by finite differences, for any block size."""
     monkeypatch.setattr(attention, "BLOCK_BYTES", block_bytes)
     torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(5, length, 2, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for length in (n, m, m)
+    q, kv = (
+        torch.randn(2, length, size, dtype=torch.float64, requires_grad=True) for length, size in ((n, 12), (m, 24))
     )
-    out = attend(q, k, v, "math")
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *t: attend(*t, "math"), (q, k, v))
+    out = attend(q, kv, heads=3, backend="math")
+    torch.testing.assert_close(out, plain_attention(q, *kv.chunk(2, -1), 3), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *t: attend(*t, heads=3, backend="math"), (q, kv))
+
+
+@pytest.mark.parametrize("backend", ["math", "sdpa"])
+def test_packed_attention(backend):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 6, 24, dtype=torch.float64, requires_grad=True)
+    out = attend(qkv, heads=2, backend=backend)
+    torch.testing.assert_close(out, plain_attention(*qkv.chunk(3, -1), 2), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda t: attend(t, heads=2, backend=backend), (qkv,))
 
 
 def test_cache_blocked_attention_in_bf16_is_as_exact_as_plain_products():
     torch.manual_seed(0)
-    q, k, v = (torch.randn(4, 3, 50, 32) for _ in range(3))
-    truth = F.scaled_dot_product_attention(*(t.bfloat16().double() for t in (q, k, v)))
-    low = [t.bfloat16() for t in (q, k, v)]
-    plain = ((low[0] * 32**-0.5) @ low[1].transpose(-2, -1)).softmax(-1) @ low[2]
-    error = (attend(*low, "math").double() - truth).abs().max()
+    qkv = torch.randn(4, 50, 3 * 96).bfloat16()
+    truth = plain_attention(*qkv.double().chunk(3, -1), 3)
+    q, k, v = (t.unflatten(-1, (3, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    plain = (((q * 32**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    error = (attend(qkv, heads=3, backend="math").double() - truth).abs().max()
     assert error <= 1.5 * (plain.double() - truth).abs().max()
 
 
 def test_attention_keeps_no_probabilities():
-    q, k, v = (torch.randn(2, 2, 64, 8, requires_grad=True) for _ in range(3))
+    qkv = torch.randn(2, 64, 48, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        attend(q, k, v, "math")
-    assert saved == [q.shape] * 3
+        attend(qkv, heads=2, backend="math")
+    assert saved == [qkv.shape]
 
 
 def test_backend_choice_gives_reasons():
