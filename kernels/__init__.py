@@ -1,7 +1,7 @@
 """Drop-in kernels for self-supervised vision transformers.
 
 Importing this package needs torch alone. Triton and the compiled extension are imported by the first call that runs
-them. ``python -m vitrail.kernels`` prints the environment and what each implementation supports.
+them. `python -m vitrail.kernels` prints the environment and what each implementation supports.
 """
 
 from .masked_patch_gather import masked_patch_gather

@@ -1,4 +1,4 @@
-"""``python -m vitrail.kernels``: the environment and the support matrix; ``resources``: what compiled kernels use."""
+"""`python -m vitrail.kernels`: the environment and the support matrix; `resources`: what compiled kernels use."""
 
 import argparse
 import sys

@@ -22,7 +22,7 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:
-    """Raises ValueError unless ``tensor`` has the expected sizes; a string names a free size."""
+    """Raises ValueError unless `tensor` has the expected sizes; a string names a free size."""
     matches = tensor.ndim == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, expected, strict=True)
     )
@@ -32,19 +32,19 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
-    """Raises TypeError unless ``tensor`` is of a real floating dtype."""
+    """Raises TypeError unless `tensor` is of a real floating dtype."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}; convert it with .float()")
 
 
 def check_floating_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raises TypeError unless ``dtype`` is a real floating dtype."""
+    """Raises TypeError unless `dtype` is a real floating dtype."""
     if not dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating dtype such as torch.bfloat16, got {dtype}")
 
 
 def check_indices(name: str, tensor: torch.Tensor) -> None:
-    """Raises TypeError or ValueError unless ``tensor`` is an int64 matrix. Its values are not read."""
+    """Raises TypeError or ValueError unless `tensor` is an int64 matrix. Its values are not read."""
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name} must be of dtype torch.int64, got {tensor.dtype}; convert it with .long()")
     if tensor.ndim != 2:
@@ -68,7 +68,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def triton_reasons(device: torch.device) -> list[str]:
-    """Returns why no Triton kernel can run on ``device``."""
+    """Returns why no Triton kernel can run on `device`."""
     if not triton_installed():
         return ["triton is not installed; pip install triton"]
     if device.type == "cpu":
@@ -84,7 +84,7 @@ def triton_reasons(device: torch.device) -> list[str]:
 
 
 def dtype_reasons(allowed: tuple[torch.dtype, ...], **dtypes: torch.dtype | None) -> list[str]:
-    """Returns one reason for each dtype outside ``allowed``; None stands for an absent tensor."""
+    """Returns one reason for each dtype outside `allowed`; None stands for an absent tensor."""
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
     return [
         f"{name} is {str(dtype).removeprefix('torch.')}; the kernel takes {names}; convert it, or use the reference"

@@ -15,10 +15,10 @@ class Launch:
     """A kernel launch as it would happen.
 
     Attributes:
-        kernel: The ``triton.jit`` function.
+        kernel: The `triton.jit` function.
         grid: Number of programs along each axis.
         args: Positional arguments: tensors and numbers.
-        options: Constexpr arguments and compiler options such as ``num_warps``.
+        options: Constexpr arguments and compiler options such as `num_warps`.
     """
 
     kernel: Any
@@ -42,7 +42,7 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launches ``kernel`` on the current stream of the device of its first argument, a tensor.
+    """Launches `kernel` on the current stream of the device of its first argument, a tensor.
 
     A grid without programs launches nothing: CUDA would call that an error.
     """
@@ -67,7 +67,7 @@ def needs_int64(*tensors: torch.Tensor | None) -> bool:
 
 
 def _span(tensor: torch.Tensor) -> int:
-    """Returns the number of bytes between the first and the end of the last element of ``tensor``."""
+    """Returns the number of bytes between the first and the end of the last element of `tensor`."""
     if tensor.numel() == 0:
         return 0
     elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""Registration with the PyTorch dispatcher, so that every pass is one opaque node under ``torch.compile``."""
+"""Registration with the PyTorch dispatcher, so that every pass is one opaque node under `torch.compile`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +11,17 @@ _LIBRARY = torch.library.Library("vitrail", "DEF")
 
 
 def define(op: Op, which: str, arguments: str, returns: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines one pass of ``op`` as ``torch.ops.vitrail.<name>``, or ``<name>_backward``.
+    """Defines one pass of `op` as `torch.ops.vitrail.<name>`, or `<name>_backward`.
 
     The choice of implementation happens inside the op, on real tensors: a compiled graph stays the same whichever
     runs, and predicates see real strides. There is no autograd formula here; the public function supplies it.
 
     Args:
         op: The registry entry.
-        which: ``forward`` or ``backward``.
-        arguments: Argument list of the schema, all positional and without defaults; ``str impl`` is appended.
+        which: `forward` or `backward`.
+        arguments: Argument list of the schema, all positional and without defaults; `str impl` is appended.
         returns: Return type of the schema.
-        fake: Builds outputs of the right shape, dtype and strides from the same arguments without ``impl``.
+        fake: Builds outputs of the right shape, dtype and strides from the same arguments without `impl`.
 
     Returns:
         The callable op.

@@ -42,9 +42,9 @@ class PatchProjection(nn.Conv2d):
 
 
 class MaskedPatchEmbed(nn.Module):
-    """Patch embedding of the chosen patches only. Equals ``nn.Conv2d`` on normalised images, then indexing.
+    """Patch embedding of the chosen patches only. Equals `nn.Conv2d` on normalised images, then indexing.
 
-    The state-dict keys are ``proj.weight`` [D, 3, P, P] and ``proj.bias`` [D], as in timm and the official models.
+    The state-dict keys are `proj.weight` [D, 3, P, P] and `proj.bias` [D], as in timm and the official models.
 
     Args:
         image_size: Expected side, or (height, width), of the images in pixels; None accepts any.
@@ -53,8 +53,8 @@ class MaskedPatchEmbed(nn.Module):
         in_chans: Number of channels; only 3 exists.
         mean: Three channel means in 0-1 units, subtracted from uint8 (as value / 255) and floating images alike;
             None for images that are already normalised.
-        std: Three channel standard deviations; given with ``mean`` or not at all.
-        impl: Implementation of the gather: ``auto``, ``triton`` or ``reference``.
+        std: Three channel standard deviations; given with `mean` or not at all.
+        impl: Implementation of the gather: `auto`, `triton` or `reference`.
 
     Raises:
         ValueError: An argument is out of range.

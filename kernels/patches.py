@@ -94,10 +94,10 @@ def check_normalisation(
 
 
 def check_columns(pad_to: int | None, patch_size: int) -> int:
-    """Returns the number of columns of a patch matrix: ``pad_to``, or 3 P² when it is None.
+    """Returns the number of columns of a patch matrix: `pad_to`, or 3 P² when it is None.
 
     Raises:
-        ValueError: ``pad_to`` is smaller than a patch.
+        ValueError: `pad_to` is smaller than a patch.
     """
     width = patch_width(patch_size)
     if pad_to is None:
@@ -108,7 +108,7 @@ def check_columns(pad_to: int | None, patch_size: int) -> int:
 
 
 def check_patch_indices(name: str, indices: torch.Tensor, images: torch.Tensor) -> None:
-    """Raises unless ``indices`` is an int64 [B, count] matrix for the same batch as ``images``."""
+    """Raises unless `indices` is an int64 [B, count] matrix for the same batch as `images`."""
     if indices.dtype != torch.int64:
         raise TypeError(f"{name} must be of dtype torch.int64, got {indices.dtype}; convert it with .long()")
     if indices.ndim != 2 or indices.shape[0] != images.shape[0]:
@@ -120,7 +120,7 @@ def check_patch_indices(name: str, indices: torch.Tensor, images: torch.Tensor) 
 def channel_affine(
     images: torch.Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns scale and shift for each channel such that ``value * scale + shift`` normalises a pixel.
+    """Returns scale and shift for each channel such that `value * scale + shift` normalises a pixel.
 
     Args:
         images: Their dtype decides: uint8 values are divided by 255 first.

@@ -18,7 +18,7 @@ def patch_offset(patch, grid_width, strides, PATCH: tl.constexpr, ADJACENT: tl.c
 
 @triton.jit
 def value_offset(value, strides, PATCH: tl.constexpr, ADJACENT: tl.constexpr):
-    """Returns the offset of value (row, column, channel) number ``value`` of a patch from the patch's first pixel."""
+    """Returns the offset of value (row, column, channel) number `value` of a patch from the patch's first pixel."""
     row = value // (3 * PATCH)
     within = value % (3 * PATCH)
     if ADJACENT:  # the 3 P values of a patch row lie side by side
@@ -49,11 +49,11 @@ def load_pixels(
     ADJACENT: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Returns normalised patch values in fp32, zero where not ``wanted`` or where ``patch`` is out of range.
+    """Returns normalised patch values in fp32, zero where not `wanted` or where `patch` is out of range.
 
-    ``strides`` are those of sample, row, column and channel; ``scale`` and ``shift`` hold a number for each channel.
+    `strides` are those of sample, row, column and channel; `scale` and `shift` hold a number for each channel.
 
-    ``value`` numbers the values inside the patch. ``sample`` and ``patch`` broadcast against it; ``patch`` must be a
+    `value` numbers the values inside the patch. `sample` and `patch` broadcast against it; `patch` must be a
     block, if of one element, since the interpreter cannot broadcast a scalar condition.
     """
     wanted = wanted & (patch >= 0) & (patch < num_patches)

@@ -22,7 +22,7 @@ def sum_partials_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Sums a block of columns of ``partials`` [rows, columns] over its rows."""
+    """Sums a block of columns of `partials` [rows, columns] over its rows."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for start in range(0, rows, BLOCK_ROWS):
@@ -34,7 +34,7 @@ def sum_partials_kernel(
 
 
 def sum_partials(partials: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> None:
-    """Writes ``partials.sum(0) * scale`` to ``out``, always adding in the same order.
+    """Writes `partials.sum(0) * scale` to `out`, always adding in the same order.
 
     Args:
         partials: [rows, columns] float32, contiguous.

@@ -1,9 +1,9 @@
 """Which implementations an op has, what each cannot run and why, and the choice among them.
 
 An op is a name, a function that turns the public arguments into those of its implementations, and the
-implementations in order of preference. An implementation is a module with one function per pass (``forward``,
-``backward``), imported on first use, and one predicate per pass that returns the *list of reasons* why it cannot
-take these arguments. An empty list means that it can. A later op adds one :class:`Op` and nothing here changes.
+implementations in order of preference. An implementation is a module with one function per pass (`forward`,
+`backward`), imported on first use, and one predicate per pass that returns the *list of reasons* why it cannot
+take these arguments. An empty list means that it can. A later op adds one `Op` and nothing here changes.
 """
 
 import importlib
@@ -40,7 +40,7 @@ class Implementation:
     """One way to run an op.
 
     Attributes:
-        name: ``cuda`` (compiled extension), ``triton`` or ``reference`` (plain PyTorch).
+        name: `cuda` (compiled extension), `triton` or `reference` (plain PyTorch).
         module: Absolute name of the module that holds one function per pass, imported on first use.
         reasons: For each pass, a predicate over that pass's arguments that returns the reasons against.
         supports: What it takes, in one line for the support matrix.
@@ -52,17 +52,17 @@ class Implementation:
     supports: str
 
     def function(self, which: str) -> Callable[..., Any]:
-        """Returns the function of the pass ``which``, importing the implementation if need be."""
+        """Returns the function of the pass `which`, importing the implementation if need be."""
         function: Callable[..., Any] = getattr(importlib.import_module(self.module), which)
         return function
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op and its implementations, in the order in which ``auto`` tries them; the last one takes everything.
+    """An op and its implementations, in the order in which `auto` tries them; the last one takes everything.
 
     Attributes:
-        name: Name of the public function and of the forward op in the ``vitrail`` library.
+        name: Name of the public function and of the forward op in the `vitrail` library.
         bind: Checks the public arguments and returns those of the forward pass.
         implementations: In order of preference; the last one is the reference.
     """
@@ -72,7 +72,7 @@ class Op:
     implementations: tuple[Implementation, ...]
 
     def implementation(self, name: str) -> Implementation:
-        """Returns the implementation called ``name``.
+        """Returns the implementation called `name`.
 
         Raises:
             UnsupportedError: This op has none of that name.
@@ -84,15 +84,15 @@ class Op:
         raise UnsupportedError(self.name, name, [f"the op has no {name!r} implementation; it has {have}"])
 
     def choose(self, which: str, impl: str, args: tuple[Any, ...]) -> Implementation:
-        """Picks the implementation that runs the pass ``which`` on ``args``.
+        """Picks the implementation that runs the pass `which` on `args`.
 
         Args:
-            which: ``forward`` or ``backward``.
-            impl: ``auto`` takes the first implementation without a reason against it; a name takes that one.
+            which: `forward` or `backward`.
+            impl: `auto` takes the first implementation without a reason against it; a name takes that one.
             args: The arguments of the pass.
 
         Raises:
-            UnsupportedError: ``impl`` names an implementation that cannot run ``args``.
+            UnsupportedError: `impl` names an implementation that cannot run `args`.
         """
         if impl == "auto":
             impl = os.environ.get(IMPL.name, IMPL.default)
@@ -117,7 +117,7 @@ class Op:
         return candidate
 
     def run(self, which: str, impl: str, *args: Any) -> Any:
-        """Runs the pass ``which`` of this op on ``args`` with the implementation that ``impl`` selects."""
+        """Runs the pass `which` of this op on `args` with the implementation that `impl` selects."""
         return self.choose(which, impl, args).function(which)(*args)
 
 
@@ -126,7 +126,7 @@ _logged: set[tuple[Any, ...]] = set()
 
 
 def register(op: Op) -> Op:
-    """Adds ``op`` to the table and returns it."""
+    """Adds `op` to the table and returns it."""
     _ops[op.name] = op
     return op
 
@@ -137,22 +137,22 @@ def ops() -> tuple[Op, ...]:
 
 
 def check_impl(impl: str) -> None:
-    """Raises ValueError unless ``impl`` is one of :data:`CHOICES`."""
+    """Raises ValueError unless `impl` is one of `CHOICES`."""
     if impl not in CHOICES:
         raise ValueError(f"impl must be one of {', '.join(map(repr, CHOICES))}, got {impl!r}")
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
-    """Says, for each implementation of ``op``, why it cannot run this call.
+    """Says, for each implementation of `op`, why it cannot run this call.
 
     Args:
         op: The public function or its name.
         *args: What you would call it with.
-        **kwargs: Likewise; ``impl`` is ignored.
+        **kwargs: Likewise; `impl` is ignored.
 
     Returns:
         Reasons by implementation name, in order of preference. An empty list means that it can run the call;
-        ``impl="auto"`` takes the first such on CUDA tensors and ``reference`` on CPU tensors.
+        `impl="auto"` takes the first such on CUDA tensors and `reference` on CPU tensors.
 
     Raises:
         KeyError: No op of that name.

@@ -2,7 +2,7 @@
 
 Everything here works without a GPU. The launchers are called on meta tensors and their launches recorded; each is
 compiled ahead of time for every target with the signature that the just-in-time compiler would derive; the machine
-code is read back with cuobjdump. ``resources.json`` holds the numbers, so that a change shows up in a diff.
+code is read back with cuobjdump. `resources.json` holds the numbers, so that a change shows up in a diff.
 """
 
 import collections
@@ -67,7 +67,7 @@ class Resources:
 
 @functools.cache
 def collect() -> dict[str, Launch]:
-    """Returns the launches of every representative call, keyed ``op/call/kernel``; those that compile alike, once."""
+    """Returns the launches of every representative call, keyed `op/call/kernel`; those that compile alike, once."""
     launches: dict[str, Launch] = {}
     seen: set[str] = set()
     for module_name in KERNEL_MODULES:
@@ -169,7 +169,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def parse(listing: str, shared: int) -> Resources:
-    """Reads a listing of :func:`disassemble`; ``shared`` is the dynamic shared memory that Triton asks for."""
+    """Reads a listing of `disassemble`; `shared` is the dynamic shared memory that Triton asks for."""
     usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     if usage is None:
         raise ValueError("cuobjdump printed no resource usage")
@@ -213,7 +213,7 @@ def as_json(table: dict[str, dict[str, Resources]]) -> str:
 
 
 def from_json(text: str) -> tuple[str, dict[str, dict[str, Resources]]]:
-    """Reads what :func:`as_json` wrote: the Triton version and the table."""
+    """Reads what `as_json` wrote: the Triton version and the table."""
     document = json.loads(text)
     table = {
         name: {target: Resources(**entry) for target, entry in row.items()} for name, row in document["kernels"].items()

@@ -145,12 +145,14 @@ def compare(implementations: list[str], model: str, batch: int, steps: int, roun
     Raises:
         RuntimeError: the first losses differ by more than bf16 explains, so that the models are not the same.
     """
+    # Waiting threads that spin on disturb all implementations on a shared machine; these settings are everyone's.
+    settings = {"GOMP_SPINCOUNT": "20000", **os.environ}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in implementations}
     for _ in range(rounds):
         for name in implementations:
             command = [sys.executable, __file__, "--child", name, "--model", model, "--batch", str(batch)]
             command += ["--steps", str(steps)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, text=True, check=True)
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
     losses = [run["loss"] for parts in runs.values() for run in parts]
     if max(losses) - min(losses) > 1e-3 * max(losses):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from .config import RunConfig
+
+BATCH = 128  # over all ranks, however many there are
 
 
 def shrink(config: RunConfig) -> RunConfig:
@@ -18,16 +21,16 @@ def shrink(config: RunConfig) -> RunConfig:
         config,
         method=config.method.demo(),
         data=replace(config.data, source="demo"),
-        optim=replace(config.optim, lr=2e-3, warmup_epochs=1),
+        optim=replace(config.optim, lr=4e-3, warmup_epochs=1),
         train=replace(
             config.train,
-            epochs=20,
-            batch_size=128,
-            micro_batch=64,
+            epochs=12,
+            batch_size=BATCH,
+            micro_batch=max(1, BATCH // int(os.environ.get("WORLD_SIZE", "1"))),
             log_every=50,
-            save_every=5,
+            save_every=4,
             checkpoint_activations=False,
             output=Path("runs") / f"demo-{config.train.output.name}",
         ),
-        evaluate=replace(config.evaluate, knn_every=5, bank=4_000),
+        evaluate=replace(config.evaluate, knn_every=3, bank=4_000),
     )

@@ -37,7 +37,7 @@ def gather_kernel(
     BLOCK: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Writes a block of columns of ROWS patches; ``rows`` is B V, ``count`` is V."""
+    """Writes a block of columns of ROWS patches; `rows` is B V, `count` is V."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     if INT64:
@@ -153,7 +153,7 @@ def backward(
     patch_size: int,
     std: Sequence[float],
 ) -> torch.Tensor:
-    """Launches the scatter. Arguments and result as in the reference; ``grad`` may have any strides."""
+    """Launches the scatter. Arguments and result as in the reference; `grad` may have any strides."""
     batch, count = indices.shape
     height, width = image_size(images)
     num_patches = (height // patch_size) * (width // patch_size)

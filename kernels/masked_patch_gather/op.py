@@ -170,12 +170,12 @@ def masked_patch_gather(
             are not checked on a GPU, which would cost a wait; one that is out of range yields a row of zeros there
             and raises IndexError on the CPU.
         patch_size: Side P of a patch in pixels; H and W are multiples of it.
-        mean: Three channel means, in 0-1 units for uint8. Subtracted; given with ``std`` or not at all.
+        mean: Three channel means, in 0-1 units for uint8. Subtracted; given with `std` or not at all.
         std: Three channel standard deviations. Divided by.
         pad_to: Number of columns of the result; those beyond 3 P² are zero. 588 pads to 592, whose rows are aligned.
         dtype: Of the result. Default: under autocast its dtype, else the images' if floating, else float32.
-            The arithmetic is float32 in any case, float64 if the images or ``dtype`` are.
-        impl: ``auto``, ``triton`` or ``reference``.
+            The arithmetic is float32 in any case, float64 if the images or `dtype` are.
+        impl: `auto`, `triton` or `reference`.
 
     Returns:
         [B, V, 3 P²] or [B, V, pad_to]: patches as vectors in the order (row, column, channel). Differentiable with
@@ -184,7 +184,7 @@ def masked_patch_gather(
     Raises:
         TypeError: A dtype does not fit.
         ValueError: A shape, a device or a statistic does not fit.
-        UnsupportedError: ``impl`` names an implementation that cannot run this call.
+        UnsupportedError: `impl` names an implementation that cannot run this call.
     """
     check_impl(impl)
     arguments = _bind(images, indices, patch_size, mean=mean, std=std, pad_to=pad_to, dtype=dtype)

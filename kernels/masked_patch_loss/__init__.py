@@ -1,4 +1,4 @@
-"""The op ``masked_patch_loss``; its README has the mathematics, the support matrix and the costs."""
+"""The op `masked_patch_loss`; its README has the mathematics, the support matrix and the costs."""
 
 from .op import masked_patch_loss
 

@@ -86,7 +86,7 @@ def loss_kernel(
     BLOCK: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Writes the sum of squared errors of ``rows_per_program`` successive masked patches."""
+    """Writes the sum of squared errors of `rows_per_program` successive masked patches."""
     program = tl.program_id(0)
     first = program * rows_per_program
     value = tl.arange(0, BLOCK)
@@ -176,7 +176,7 @@ def loss_backward_kernel(
 def _image_arguments(
     images: torch.Tensor, masked_indices: torch.Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Any, ...]:
-    """Returns the kernels' common arguments from ``num_patches`` to ``eps``."""
+    """Returns the kernels' common arguments from `num_patches` to `eps`."""
     height, width = image_size(images)
     grid_height, grid_width = height // patch_size, width // patch_size
     scale, shift = channel_affine(images, mean, std)

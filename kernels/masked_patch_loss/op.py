@@ -144,7 +144,7 @@ def masked_patch_loss(
     """Mean squared error between predictions and the pixels of the masked patches: MAE's loss.
 
     The target of a patch is its K = 3 P² channel-normalised pixels t in the order (row, column, channel), with
-    ``norm_pix`` further normalised to ``(t - t.mean()) / sqrt(t.var(unbiased) + 1e-6)`` (He et al. 2022,
+    `norm_pix` further normalised to `(t - t.mean()) / sqrt(t.var(unbiased) + 1e-6)` (He et al. 2022,
     arXiv 2111.06377, section 3). Targets are computed from the image where they are compared, and never stored.
 
     Args:
@@ -156,19 +156,19 @@ def masked_patch_loss(
             on the CPU.
         patch_size: Side P of a patch in pixels; H and W are multiples of it.
         norm_pix: Whether each target patch is normalised by its own statistics.
-        mean: Three channel means, in 0-1 units for uint8. Applied before the statistics; with ``std`` or not at all.
+        mean: Three channel means, in 0-1 units for uint8. Applied before the statistics; with `std` or not at all.
         std: Three channel standard deviations.
-        pad_to: Width of ``pred`` where it is padded.
-        impl: ``auto``, ``triton`` or ``reference``.
+        pad_to: Width of `pred` where it is padded.
+        impl: `auto`, `triton` or `reference`.
 
     Returns:
-        The mean over all B M K values, a scalar: float32 whatever the autocast state, float64 for float64 ``pred``.
+        The mean over all B M K values, a scalar: float32 whatever the autocast state, float64 for float64 `pred`.
         Targets and statistics are computed in the same dtype.
 
     Raises:
         TypeError: A dtype does not fit.
         ValueError: A shape, a device or a statistic does not fit, no patch is masked, or images require a gradient.
-        UnsupportedError: ``impl`` names an implementation that cannot run this call.
+        UnsupportedError: `impl` names an implementation that cannot run this call.
     """
     check_impl(impl)
     arguments = _bind(pred, images, masked_indices, patch_size, norm_pix=norm_pix, mean=mean, std=std, pad_to=pad_to)

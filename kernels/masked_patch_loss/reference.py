@@ -72,20 +72,20 @@ def backward(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> torch.Tensor:
-    """Computes the gradient of the predictions: ``2 grad (pred - target) / (B M K)``, zero in surplus columns.
+    """Computes the gradient of the predictions: `2 grad (pred - target) / (B M K)`, zero in surplus columns.
 
     Args:
         grad: Scalar, the gradient of the loss; read on the device.
-        pred: As in :func:`forward`.
-        images: As in :func:`forward`.
-        masked_indices: As in :func:`forward`.
-        patch_size: As in :func:`forward`.
-        norm_pix: As in :func:`forward`.
-        mean: As in :func:`forward`.
-        std: As in :func:`forward`.
+        pred: As in `forward`.
+        images: As in `forward`.
+        masked_indices: As in `forward`.
+        patch_size: As in `forward`.
+        norm_pix: As in `forward`.
+        mean: As in `forward`.
+        std: As in `forward`.
 
     Returns:
-        Like ``pred``, contiguous.
+        Like `pred`, contiguous.
     """
     target = targets(pred, images, masked_indices, patch_size, norm_pix, mean, std)
     width = target.shape[-1]

@@ -1,4 +1,4 @@
-"""The op ``random_masking``; its README has the mathematics, the support matrix and the costs."""
+"""The op `random_masking`; its README has the mathematics, the support matrix and the costs."""
 
 from .op import random_masking
 

@@ -15,7 +15,7 @@ CHUNK = 64  # positions they are compared with at a time
 
 @triton.jit
 def sorts_before(left, right):
-    """Whether ``left`` sorts strictly before ``right``; NaN sorts last, as in torch.sort."""
+    """Whether `left` sorts strictly before `right`; NaN sorts last, as in torch.sort."""
     return (left < right) | ((left == left) & (right != right))
 
 

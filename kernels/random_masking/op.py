@@ -83,9 +83,9 @@ def random_masking(
     device: torch.device | str | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Chooses ``keep`` of ``length`` positions at random, independently for each sample.
+    """Chooses `keep` of `length` positions at random, independently for each sample.
 
-    The positions are sorted by their noise, stably, so that equal values keep their order; the first ``keep`` stay.
+    The positions are sorted by their noise, stably, so that equal values keep their order; the first `keep` stay.
     This is the random masking of MAE (He et al. 2022, arXiv 2111.06377) with one sort in place of two.
 
     Args:
@@ -95,16 +95,16 @@ def random_masking(
         generator: Draws the noise; its device is the default device of the result.
         noise: [B, L], floating: used in place of U[0, 1) fp32 draws. NaN sorts last.
         device: Where to draw the noise.
-        impl: ``auto``, ``triton`` or ``reference``.
+        impl: `auto`, `triton` or `reference`.
 
     Returns:
         Three int64 tensors: ids_keep [B, keep], the kept positions in noise order; ids_mask [B, L - keep], the
-        others in noise order; ids_restore [B, L], with ``cat([ids_keep, ids_mask], 1)[b, ids_restore[b, l]] == l``.
+        others in noise order; ids_restore [B, L], with `cat([ids_keep, ids_mask], 1)[b, ids_restore[b, l]] == l`.
 
     Raises:
         TypeError: The noise is not floating.
         ValueError: A size is out of range, or the arguments contradict each other.
-        UnsupportedError: ``impl`` names an implementation that cannot run this call.
+        UnsupportedError: `impl` names an implementation that cannot run this call.
     """
     check_impl(impl)
     arguments = _bind(batch, length, keep, generator=generator, noise=noise, device=device)

@@ -1,4 +1,4 @@
-"""The op ``restore_tokens``; its README has the mathematics, the support matrix and the costs."""
+"""The op `restore_tokens`; its README has the mathematics, the support matrix and the costs."""
 
 from .op import restore_tokens
 

@@ -36,7 +36,7 @@ def restore_kernel(
     BLOCK: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Writes a block of columns of ROWS tokens of one sample; ``stride_mask`` is 0 for a single mask token."""
+    """Writes a block of columns of ROWS tokens of one sample; `stride_mask` is 0 for a single mask token."""
     blocks = tl.cdiv(tokens, ROWS)
     sample = tl.program_id(0) // blocks
     token = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)

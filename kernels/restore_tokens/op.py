@@ -226,14 +226,14 @@ def restore_tokens(
 
     Args:
         visible: [B, P + V, D], prefix tokens (class, registers) first. V may be 0 and may be L.
-        ids_restore: [B, L] int64 from :func:`random_masking`; each row must be a permutation. That is not checked on
+        ids_restore: [B, L] int64 from `random_masking`; each row must be a permutation. That is not checked on
             a GPU, which would cost a wait.
         mask_token: [D], or [L, D] for one token per position.
         pos_embed: [P + L, D], or None to add nothing.
         num_prefix: Number of prefix tokens P.
         dtype: Of the result. Default: the promotion of the inputs', also under autocast, as torch.cat and addition
             would do there. The arithmetic is float32, float64 if the result is.
-        impl: ``auto``, ``triton`` or ``reference``.
+        impl: `auto`, `triton` or `reference`.
 
     Returns:
         [B, P + L, D]. Differentiable with respect to visible, mask_token and pos_embed.
@@ -241,7 +241,7 @@ def restore_tokens(
     Raises:
         TypeError: A dtype does not fit.
         ValueError: A shape or a device does not fit.
-        UnsupportedError: ``impl`` names an implementation that cannot run this call.
+        UnsupportedError: `impl` names an implementation that cannot run this call.
     """
     check_impl(impl)
     arguments = _bind(visible, ids_restore, mask_token, pos_embed, num_prefix=num_prefix, dtype=dtype)

@@ -64,10 +64,10 @@ def backward(
         ids_restore: [B, L] int64.
         num_visible: Number of visible tokens V.
         num_prefix: Number of prefix tokens P.
-        visible_dtype: Of the gradient of ``visible``; None: not wanted.
-        mask_dtype: Of the gradient of ``mask_token``; None: not wanted.
+        visible_dtype: Of the gradient of `visible`; None: not wanted.
+        mask_dtype: Of the gradient of `mask_token`; None: not wanted.
         per_position: Whether the mask token is [L, D].
-        pos_dtype: Of the gradient of ``pos_embed``; None: not wanted.
+        pos_dtype: Of the gradient of `pos_embed`; None: not wanted.
 
     Returns:
         The gradients of visible, mask_token and pos_embed; an empty tensor for one that is not wanted.

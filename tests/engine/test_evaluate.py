@@ -69,10 +69,15 @@ def test_features_are_in_the_order_of_the_split_and_complete():
 
 def test_evaluation_mode_restores_training_even_after_an_error():
     module = nn.BatchNorm1d(4).train()
-    with pytest.raises(RuntimeError, match="inside"), evaluation_mode(module):
-        assert not module.training
-        assert not torch.is_grad_enabled()
-        assert torch.is_autocast_enabled("cpu")
-        raise RuntimeError("inside")
+
+    def fail() -> None:
+        with evaluation_mode(module):
+            assert not module.training
+            assert not torch.is_grad_enabled()
+            assert torch.is_autocast_enabled("cpu")
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert module.training
     assert torch.is_grad_enabled()

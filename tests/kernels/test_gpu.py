@@ -1,4 +1,4 @@
-"""The top rung of the ladder: the compiled kernels on a GPU. ``pytest tests/kernels -m gpu``."""
+"""The top rung of the ladder: the compiled kernels on a GPU. `pytest tests/kernels -m gpu`."""
 
 from functools import partial
 

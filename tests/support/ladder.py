@@ -1,7 +1,7 @@
 """The test ladder that every op climbs: problems, float64 truth, the tolerance rule, gradients, compilation, fakes.
 
-A test states a :class:`Problem`, the public function and an independent eager formula of it; the checks here do the
-rest. Guarded buffers are in ``ladder_guards``, planted faults in ``ladder_faults``.
+A test states a `Problem`, the public function and an independent eager formula of it; the checks here do the
+rest. Guarded buffers are in `ladder_guards`, planted faults in `ladder_faults`.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ class Problem:
     differentiable: tuple[str, ...] = ()
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Problem":
-        """Returns the problem with its floating tensors in ``dtype`` and every tensor on ``device``."""
+        """Returns the problem with its floating tensors in `dtype` and every tensor on `device`."""
 
         def convert(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
@@ -48,7 +48,7 @@ def kernel_device() -> torch.device:
 
 
 def upstream(output: torch.Tensor) -> torch.Tensor:
-    """Returns a fixed gradient for ``output`` whose values every floating dtype represents exactly."""
+    """Returns a fixed gradient for `output` whose values every floating dtype represents exactly."""
     generator = torch.Generator().manual_seed(output.numel())
     values = torch.randint(-16, 17, output.shape, generator=generator) / 8
     return values.to(output)
@@ -58,7 +58,7 @@ def evaluate(function: Function, problem: Problem) -> dict[str, torch.Tensor]:
     """Runs a function forward and backward.
 
     Returns:
-        The outputs as ``output 0``, ``output 1``... and the gradients as ``gradient of <input>``.
+        The outputs as `output 0`, `output 1`... and the gradients as `gradient of <input>`.
     """
     inputs = dict(problem.inputs)
     for name in problem.differentiable:
@@ -128,7 +128,7 @@ def check_accuracy(
         eager: An independent formula with the same keyword arguments, differentiable by autograd.
         problem: The call.
         dtype: Of the floating inputs.
-        impl: ``reference`` runs on the CPU, ``triton`` where kernels can run.
+        impl: `reference` runs on the CPU, `triton` where kernels can run.
 
     Returns:
         What the implementation computed.

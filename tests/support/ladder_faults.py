@@ -32,7 +32,7 @@ class Fault:
 
 @contextmanager
 def planted(fault: Fault, folder: Path) -> Iterator[None]:
-    """Replaces the module by its faulty twin, whose source is written to ``folder``, for the time of the block."""
+    """Replaces the module by its faulty twin, whose source is written to `folder`, for the time of the block."""
     source = Path(str(_find(fault.module))).read_text()
     assert source.count(fault.old) == 1, f"{fault.old!r} occurs {source.count(fault.old)} times in {fault.module}"
     faulty = folder / f"{fault.module}.py"
@@ -52,7 +52,7 @@ def planted(fault: Fault, folder: Path) -> Iterator[None]:
 
 
 def check_noticed(fault: Fault, folder: Path, check: Callable[[], object]) -> None:
-    """Asserts that ``check`` passes as things are and fails with the fault planted."""
+    """Asserts that `check` passes as things are and fails with the fault planted."""
     check()
     with planted(fault, folder), pytest.raises(AssertionError):
         check()

@@ -16,7 +16,7 @@ class GuardedBuffer:
     """A tensor inside a larger allocation whose margins are filled with canaries.
 
     A canary that a kernel reads shows in its results: NaN, or an integer that no index is. A canary that a kernel
-    overwrites shows in :meth:`intact`.
+    overwrites shows in `intact`.
     """
 
     def __init__(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class GuardedBuffer:
 
 
 def guarded_copy(tensor: torch.Tensor) -> GuardedBuffer:
-    """Returns a guarded buffer with the values and the strides of ``tensor``."""
+    """Returns a guarded buffer with the values and the strides of `tensor`."""
     buffer = GuardedBuffer(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     buffer.tensor.copy_(tensor)
     return buffer

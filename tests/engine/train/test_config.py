@@ -123,6 +123,14 @@ def test_demo_shrinks_any_recipe_and_flags_still_count():
         assert config.method.mask_ratio == recipe.recipe().method.mask_ratio
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_demo_has_the_same_batch_on_any_number_of_ranks(monkeypatch, ranks):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    config, _ = parse(mae_vith.recipe, ["--demo"])
+    assert config.train.batch_size == 128
+    assert config.accumulation(ranks) == 1
+
+
 def test_unknown_flag_names_the_nearest(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mae_vith.py"])
     with pytest.raises(SystemExit) as stop:

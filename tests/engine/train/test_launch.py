@@ -86,7 +86,7 @@ def test_killed_run_continues_where_it_was_saved(tmp_path):
     saving = ["--train.save-every", "0.0027"]  # two steps
     training.finish(training.start(TINY, str(whole), *saving))
     process = training.start(TINY, str(killed), *saving)
-    wait_for(process, lambda: (killed / "checkpoints" / "step_00000002").exists())
+    wait_for(process, (killed / "checkpoints" / "step_00000002").exists)
     process.kill()
     process.communicate()
     output = training.finish(training.start(TINY, str(killed), *saving))
