@@ -34,7 +34,7 @@ def summarise(
     the run's folder, and prints a table.
 
     Returns:
-        On rank 0, accuracies `knn`, `linear` and `linear_standardised`, 0 to 1, per row of the table; elsewhere nothing.
+        On rank 0, per row of the table, accuracies `knn`, `linear`, `linear_standardised`, 0 to 1; elsewhere nothing.
     """
     view = evaluation_view(result.method.views()[0].size)
 

@@ -73,7 +73,8 @@ class Trainer:
         self.knn = self._knn()
         self._gradient_norm: Tensor | float | None = None
         self._stop_requested = False
-        self._bad_files_told = 0
+        self._bad_files_counted = 0
+        self._bad_files_told: set[str] = set()
 
     def run(self) -> RunResult:
         """Train until the last step, or until SIGTERM or SIGINT has been answered with a checkpoint."""
@@ -136,11 +137,12 @@ class Trainer:
         """Log, evaluate, save, each when due. Returns whether to stop before the end."""
         step, config = self.state.step, self.config
         last = step == self.total_steps
-        logging = last or step % config.train.log_every == 0
-        if logging:
-            self._log()
+        stop = self._stop_requested and self.world == 1
+        if last or step % config.train.log_every == 0:
+            stop, bad_files = self._compare_notes()
+            self._log(bad_files)
         self.recorder.advance(step)
-        stop = self._stop_agreed(logging) and not last
+        stop = stop and not last
         if self.knn is not None and not stop and (last or self._due(config.evaluate.knn_every)):
             self.recorder.evaluation(step, self.knn(self.method))
         if last or stop or self._due(config.train.save_every):
@@ -150,8 +152,8 @@ class Trainer:
             self.recorder.event(step, f"stopped by a signal at step {step}; the same command continues from here")
         return stop
 
-    def _log(self) -> None:
-        """Read the device once and write a line."""
+    def _log(self, bad_files: int) -> None:
+        """Read the device once and write a line; name the files that could not be decoded since the last one."""
         step = self.state.step
         values = self.means.read()
         values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
@@ -160,26 +162,30 @@ class Trainer:
         values |= self.throughput.read()
         values["epoch"] = step / self.steps_per_epoch
         values["skipped"] = self.state.skipped
-        values["bad_files"] = len(self.loader.bad_files)
+        values["bad_files"] = bad_files
         self.recorder.train(step, values)
-        for name, reason in list(self.loader.bad_files.items())[self._bad_files_told :]:
-            self.recorder.event(step, f"cannot decode {name}: {reason}; another image takes its place")
-        self._bad_files_told = len(self.loader.bad_files)
+        if bad_files == self._bad_files_counted:
+            return
+        self._bad_files_counted = bad_files
+        found: list[dict[str, str]] = [{}] * self.world
+        torch.distributed.all_gather_object(found, dict(self.loader.bad_files))
+        for name, reason in {name: reason for part in found for name, reason in part.items()}.items():
+            if name not in self._bad_files_told:
+                self._bad_files_told.add(name)
+                self.recorder.event(step, f"cannot decode {name}: {reason}; another image takes its place")
 
     def _due(self, every_epochs: float) -> bool:
         """Whether an action of every so many epochs falls on this step."""
         interval = round(every_epochs * self.steps_per_epoch)
         return interval > 0 and self.state.step % interval == 0
 
-    def _stop_agreed(self, logging: bool) -> bool:
-        """Whether any rank has been told to stop. Several ranks compare notes at logging steps alone."""
-        if self.world == 1:
-            return self._stop_requested
-        if not logging:
-            return False
-        flag = torch.tensor(float(self._stop_requested), device=self.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+    def _compare_notes(self) -> tuple[bool, int]:
+        """Whether any rank has been told to stop, and how many bad files all ranks have met."""
+        notes = torch.tensor([int(self._stop_requested), len(self.loader.bad_files)], device=self.device)
+        if self.world > 1:
+            torch.distributed.all_reduce(notes)
+        stop, bad_files = notes.tolist()
+        return stop > 0, bad_files
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         self._stop_requested = True

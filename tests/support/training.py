@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,28 @@ def poisoned(scratch: Path) -> Any:
     return report
 
 
+def bad_files(scratch: Path) -> Any:
+    """A folder in which four of forty files are no images."""
+    from PIL import Image
+
+    images = scratch / "images"
+    if os.environ.get("RANK", "0") == "0":
+        building = scratch / "building"
+        building.mkdir()
+        for i in range(40):
+            pixels = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+            path = building / f"{i:02}.jpg"
+            Image.fromarray(pixels.numpy()).save(path)
+            if i % 10 == 3:
+                path.write_bytes(path.read_bytes()[:100])
+        building.rename(images)
+    while not images.exists():
+        time.sleep(0.01)
+    config = tiny_config(scratch / "run", epochs=4.0)
+    train(replace(config, data=DataConfig(path=str(images), threads=1)))
+    return {"counted": logged(scratch / "run", "bad_files"), "events": events(scratch / "run")}
+
+
 def short_demo(scratch: Path) -> Any:
     """Losses of a demo cut to six steps."""
     from vitrail.engine.train.launch import parse
@@ -208,7 +231,7 @@ def short_demo(scratch: Path) -> Any:
     return logged(scratch / "run")
 
 
-CASES = {"stages": stages, "resume": resume, "poisoned": poisoned, "short_demo": short_demo}
+CASES = {"stages": stages, "resume": resume, "poisoned": poisoned, "short_demo": short_demo, "bad_files": bad_files}
 
 if __name__ == "__main__":
     case, result_path, scratch_path = sys.argv[1:]

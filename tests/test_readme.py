@@ -1,0 +1,40 @@
+"""The README's claims that can be executed."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_and_trains_its_parts():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert names["loss"].isfinite()
+    for tensor in (names["embed"].proj.weight, names["head"].weight, names["mask_token"]):
+        assert tensor.grad is not None
+        assert torch.count_nonzero(tensor.grad)
+
+
+def test_links_and_pictures_exist():
+    pages = [
+        ROOT / "README.md",
+        *ROOT.glob("docs/**/*.md"),
+        ROOT / "recipes/README.md",
+        *ROOT.glob("kernels/*/README.md"),
+    ]
+    broken = []
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            if not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+def test_every_recipe_is_in_the_table():
+    table = (ROOT / "recipes/README.md").read_text()
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"__init__.py"}
+    assert recipes <= set(re.findall(r"`(\w+\.py)`", table))
