@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.cache import available_threads
 from .config import RunConfig
 from .param_groups import decay_groups
 
@@ -31,14 +32,16 @@ def start_processes() -> tuple[int, int, torch.device]:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if "RANK" not in os.environ:
         os.environ.update(alone)
+    if "LOCAL_SIZE" in os.environ:  # what DeepSpeed's launcher calls torchrun's LOCAL_WORLD_SIZE
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_host))
+        if "OMP_NUM_THREADS" not in os.environ:  # the ranks of this host share its cores
+            torch.set_num_threads(available_threads())
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +60,13 @@ class Throughput:
         self.images += images
         self.flops += flops
         self.waited += waited
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the body's time, an evaluation's or a checkpoint's, out of the count."""
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
 
     def read(self) -> dict[str, float]:
         """Images/s over all ranks, GFLOP/s per rank, share of the peak where it is known, share spent waiting."""

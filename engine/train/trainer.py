@@ -143,11 +143,12 @@ class Trainer:
             self._log(bad_files)
         self.recorder.advance(step)
         stop = stop and not last
-        if self.knn is not None and not stop and (last or self._due(config.evaluate.knn_every)):
-            self.recorder.evaluation(step, self.knn(self.method))
-        if last or stop or self._due(config.train.save_every):
-            path = checkpoint.save(self.output, self.engine, self.state, config, dataset=self.source.fingerprint)
-            self.recorder.event(step, f"checkpoint {path}")
+        with self.throughput.paused():
+            if self.knn is not None and not stop and (last or self._due(config.evaluate.knn_every)):
+                self.recorder.evaluation(step, self.knn(self.method))
+            if last or stop or self._due(config.train.save_every):
+                path = checkpoint.save(self.output, self.engine, self.state, config, dataset=self.source.fingerprint)
+                self.recorder.event(step, f"checkpoint {path}")
         if stop:
             self.recorder.event(step, f"stopped by a signal at step {step}; the same command continues from here")
         return stop

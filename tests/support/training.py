@@ -105,7 +105,7 @@ def start(script: str | Path, *args: str, ranks: int = 1, env: dict[str, str] | 
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*torchrun, str(script), *args]
-    # Ranks share the test machine's cores; waiting threads must not spin.
+    # One thread per rank: the order of sums, and with it the last bits, depends on the number of threads.
     settings = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.Popen(command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

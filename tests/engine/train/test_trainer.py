@@ -67,6 +67,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
 def test_bad_files_are_named_counted_and_survived(tmp_path, ranks):
     report = training.run_case("bad_files", tmp_path, ranks=ranks)
     assert len(report["counted"]) == 8  # four epochs of two steps
-    named = {event.split()[2].rstrip(":").rsplit("/", 1)[-1] for event in report["events"] if event.startswith("cannot decode")}
+    named = {
+        event.split()[2].rstrip(":").rsplit("/", 1)[-1]
+        for event in report["events"]
+        if event.startswith("cannot decode")
+    }
     assert named == {"03.jpg", "13.jpg", "23.jpg", "33.jpg"}
     assert report["counted"][-1] >= 4  # ranks count for themselves
