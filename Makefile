@@ -28,8 +28,10 @@ check: $(STAMP) links
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p vitrail.kernels -p vitrail.engine -p vitrail.recipes
 
+# Microbenchmarks of the ops, then a whole step beside transformers.
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks $(ARGS)
+	$(BIN)/python benchmarks/steps/mae_step.py
 
 # What a GPU machine without a network needs beside torch, small packages first (Python 3.12, x86-64 Linux).
 wheelhouse: $(STAMP)

@@ -22,7 +22,7 @@ setup(
     package_dir={f"vitrail.{folder}": folder for folder in FOLDERS},
     package_data={"vitrail.kernels": ["*.json", "*/README.md"]},
     entry_points={"console_scripts": ["vitrail = vitrail.engine.cli:main"]},
-    # The ranges are the versions that the tests have run on; constraints.txt holds the exact set that CI installs.
+    # The ranges that the code is written for; constraints.txt holds the exact versions that the tests run on.
     install_requires=[
         "torch>=2.11,<2.16",
         "triton>=3.6,<3.10; platform_system == 'Linux'",

@@ -221,6 +221,30 @@ def bad_files(scratch: Path) -> Any:
     return {"counted": logged(scratch / "run", "bad_files"), "events": events(scratch / "run")}
 
 
+def options(scratch: Path) -> Any:
+    """Losses under the switches that may not change them much, and under other sources."""
+    base = tiny_config(scratch)
+    changes: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "checkpointed": {"checkpoint_activations": True},
+        "compiled": {"compile": True},
+        "fp32": {"precision": "fp32"},
+        "bf16 reduction": {"reduce_dtype": "bf16"},
+        "one pass": {"micro_batch": 16},
+        "accumulated": {"micro_batch": 2, "accumulation": 8},
+    }
+    report = {}
+    for name, change in changes.items():
+        output = scratch / name
+        train(replace(base, train=replace(base.train, output=output, **change)))
+        report[name] = logged(output)
+    clipped, replayed = scratch / "clipped", scratch / "replayed"
+    train(replace(base, optim=replace(base.optim, clip=1e-6), train=replace(base.train, output=clipped)))
+    replay = DataConfig(source="replay", replay_batches=2)
+    train(replace(base, data=replay, train=replace(base.train, output=replayed, epochs=STEPS / 80_000)))
+    return report | {"clipped": logged(clipped, "gradient_norm"), "replayed": logged(replayed)}
+
+
 def short_demo(scratch: Path) -> Any:
     """Losses of a demo cut to six steps."""
     from vitrail.engine.train.launch import parse
@@ -231,7 +255,14 @@ def short_demo(scratch: Path) -> Any:
     return logged(scratch / "run")
 
 
-CASES = {"stages": stages, "resume": resume, "poisoned": poisoned, "short_demo": short_demo, "bad_files": bad_files}
+CASES = {
+    "stages": stages,
+    "resume": resume,
+    "poisoned": poisoned,
+    "short_demo": short_demo,
+    "bad_files": bad_files,
+    "options": options,
+}
 
 if __name__ == "__main__":
     case, result_path, scratch_path = sys.argv[1:]

@@ -74,3 +74,17 @@ def test_bad_files_are_named_counted_and_survived(tmp_path, ranks):
     }
     assert named == {"03.jpg", "13.jpg", "23.jpg", "33.jpg"}
     assert report["counted"][-1] >= 4  # ranks count for themselves
+
+
+def test_options_keep_the_losses(tmp_path):
+    report = training.run_case("options", tmp_path, ranks=1)
+    plain = report["plain"]
+    assert report["checkpointed"] == plain
+    for name in ("compiled", "fp32", "bf16 reduction", "one pass", "accumulated"):
+        assert report[name] == pytest.approx(plain, rel=1e-3), name
+    assert report["fp32"] != plain
+    assert report["bf16 reduction"] != plain
+    assert len(report["clipped"]) == STEPS
+    assert min(report["clipped"]) > 0.1  # the norm is logged before clipping
+    assert len(report["replayed"]) >= STEPS
+    assert min(report["replayed"]) < report["replayed"][0]
