@@ -87,10 +87,10 @@ def tiny_config(output: Path, **train: Any) -> RunConfig:
     )
 
 
-def logged(output: Path, name: str = "loss") -> list[float]:
-    """A quantity of every logged training step, the last line of a step counting."""
+def logged(output: Path, name: str = "loss", *, kind: str = "train") -> list[float]:
+    """A quantity of every logged training step or evaluation, the last line of a step counting."""
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return list({r["step"]: r[name] for r in lines if r["kind"] == "train"}.values())
+    return list({r["step"]: r[name] for r in lines if r["kind"] == kind}.values())
 
 
 def events(output: Path) -> list[str]:
@@ -134,7 +134,8 @@ def train(config: RunConfig, *, stop_after: int | None = None) -> Any:
 
     rank, world, device = start_processes()
     source = open_source(config.data, "train")
-    trainer = Trainer(config, train=source, val=None, rank=rank, world=world, device=device)
+    val = open_source(config.data, "val") if config.evaluate.knn_every else None
+    trainer = Trainer(config, train=source, val=val, rank=rank, world=world, device=device)
     if stop_after is not None:
         plain = trainer._step
 
@@ -245,6 +246,19 @@ def options(scratch: Path) -> Any:
     return report | {"clipped": logged(clipped, "gradient_norm"), "replayed": logged(replayed)}
 
 
+def knn(scratch: Path) -> Any:
+    """Online accuracies of ZeRO 0 and 3, where parameters are whole and where they are sharded."""
+    report = {}
+    for stage in (0, 3):
+        output = scratch / f"stage{stage}"
+        config = tiny_config(output, zero_stage=stage)
+        every = config.train.epochs / 2
+        train(replace(config, evaluate=EvaluateConfig(knn_every=every, bank=500, batch=100)))
+        if torch.distributed.get_rank() == 0:
+            report[stage] = logged(output, "knn", kind="evaluation"), logged(output)
+    return report
+
+
 def short_demo(scratch: Path) -> Any:
     """Losses of a demo cut to six steps."""
     from vitrail.engine.train.launch import parse
@@ -262,6 +276,7 @@ CASES = {
     "short_demo": short_demo,
     "bad_files": bad_files,
     "options": options,
+    "knn": knn,
 }
 
 if __name__ == "__main__":

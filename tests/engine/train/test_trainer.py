@@ -88,3 +88,14 @@ def test_options_keep_the_losses(tmp_path):
     assert min(report["clipped"]) > 0.1  # the norm is logged before clipping
     assert len(report["replayed"]) >= STEPS
     assert min(report["replayed"]) < report["replayed"][0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_online_accuracy_is_the_same_whole_or_sharded_and_disturbs_nothing(tmp_path, by_ranks, ranks):
+    report = training.run_case("knn", tmp_path, ranks=ranks)
+    (whole, losses), (sharded, sharded_losses) = report["0"], report["3"]
+    assert len(whole) == 2
+    assert all(0.05 < accuracy < 0.6 for accuracy in whole)
+    assert sharded == pytest.approx(whole, abs=0.003)
+    assert losses == by_ranks[ranks]["0"]["losses"]  # evaluating draws no random number and leaves no trace
+    assert sharded_losses == by_ranks[ranks]["3"]["losses"]
