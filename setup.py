@@ -39,7 +39,7 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers>=0.0.35"],
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.25"],
+        "docs": ["mkdocs-material>=9.5"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",
