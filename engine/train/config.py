@@ -74,7 +74,7 @@ class TrainConfig:
     init_from: Path | None = None
     """Checkpoint folder or .safetensors file whose weights a new run starts from."""
     output: Path = Path("runs/default")
-    """Folder of logs, checkpoints and pictures."""
+    """Folder of logs and checkpoints, and of the demo's pictures."""
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,9 @@ def read(name: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_runs(name):
     (example,) = re.findall(r"```python\n(.*?)```", read(name), re.DOTALL)
-    exec(compile(example, f"{name}/README.md", "exec"), {})
+    names: dict = {}
+    exec(compile(example, f"{name}/README.md", "exec"), names)
+    assert name in names  # it is this op's example
 
 
 @pytest.mark.parametrize("name", NAMES)
