@@ -1,32 +1,55 @@
-"""Patch gather from uint8 against normalising and patchifying whole images: a quarter of the patches visible."""
+"""Patch gather from uint8, against normalising and patchifying whole images and then choosing."""
 
-import pytest
+from functools import partial
+from typing import Any
+
 import torch
+from bench import Case, Sizes, compiled, measures
+from bench.images import GRIDS, MEAN, STD, Grid, normalised, patchify, random_images
 
 from vitrail.kernels import masked_patch_gather, random_masking
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+def inputs(grid: Grid, batch: int, planes: bool, device: torch.device) -> dict[str, torch.Tensor]:
+    ids_keep, _, _ = random_masking(batch, grid.length, grid.keep, device=device)
+    return {"images": random_images(batch, device, planes=planes), "indices": ids_keep}
 
 
 def eager(images: torch.Tensor, indices: torch.Tensor, patch: int, dtype: torch.dtype) -> torch.Tensor:
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    mean, std = (torch.tensor(values, dtype=compute, device=images.device) for values in (MEAN, STD))
-    pixels = (images.to(compute) / 255 - mean) / std
-    rows = pixels.unflatten(1, (-1, patch)).unflatten(3, (-1, patch)).transpose(2, 3).flatten(1, 2).flatten(2)
+    rows = patchify(normalised(images, torch.float64 if dtype == torch.float64 else torch.float32), patch)
     return rows.to(dtype).take_along_dim(indices[..., None], 1)
 
 
-@pytest.mark.benchmark(group="masked_patch_gather")
-@pytest.mark.parametrize("peer", ["vitrail", "eager"])
-@pytest.mark.parametrize("patch", [14, 16])
-def test_masked_patch_gather(measure, device, batch, patch, peer):
-    images = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8, device=device)
-    length = (224 // patch) ** 2
-    indices, _, _ = random_masking(batch, length, length // 4, device=device)
-    calls = {
-        "vitrail": lambda: masked_patch_gather(images, indices, patch, mean=MEAN, std=STD, dtype=torch.bfloat16),
-        "eager": lambda: eager(images, indices, patch, torch.bfloat16),
-    }
-    bytes_moved = indices.numel() * (3 * patch * patch * (1 + 2) + 8)  # uint8 in, bf16 out, and the index
-    truth = eager(images, indices, patch, torch.float64)
-    measure(calls[peer], truth=truth, bytes_moved=bytes_moved, tolerance=2**-8)
+def lightly(patch: int) -> Any:
+    from lightly.models.utils import get_at_index, patchify
+
+    return lambda images, indices: get_at_index(patchify(normalised(images), patch).bfloat16(), indices)
+
+
+def case(grid: Grid, batch: int, *, planes: bool = False) -> Case:
+    ours = partial(masked_patch_gather, patch_size=grid.patch, mean=MEAN, std=STD, dtype=torch.bfloat16)
+    theirs = partial(eager, patch=grid.patch, dtype=torch.bfloat16)
+    chosen = batch * grid.keep
+    return Case(
+        op="masked_patch_gather",
+        name=grid.name + (" planes" if planes else ""),
+        shape={**grid.shape(batch), "layout": "CHW" if planes else "HWC"},
+        dtype=torch.bfloat16,
+        inputs=partial(inputs, grid, batch, planes),
+        truth=partial(eager, patch=grid.patch, dtype=torch.float64),
+        implementations={
+            "vitrail": lambda: ours,
+            "eager": lambda: theirs,
+            "compiled": compiled(theirs),
+            "lightly": partial(lightly, grid.patch),
+        },
+        bytes={"forward": chosen * (grid.values * (1 + 2) + 8)},  # uint8 in, bf16 out, and the index
+        flops={},
+    )
+
+
+def cases(sizes: Sizes) -> list[Case]:
+    return [*(case(grid, sizes.batch) for grid in GRIDS), case(GRIDS[1], sizes.batch, planes=True)]
+
+
+test_masked_patch_gather = measures(cases)

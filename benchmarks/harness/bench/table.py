@@ -1,0 +1,49 @@
+"""A short table of rows for a terminal or a log."""
+
+from collections.abc import Mapping, Sequence
+
+from .rows import Row
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def bytes_(value: float) -> str:
+    """A number of bytes in the unit that suits it."""
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def show(rows: Sequence[Row], absent: Mapping[str, str]) -> str:
+    """Lines of text: a row for each measurement, then who was absent and why."""
+    lines = []
+    header = ("op", "case", "direction", "cache", "implementation", "time", "GB/s", "TFLOP/s", "floor", "peak", "ratios")
+    cells = [header, *map(_cells, rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(header))]
+    for row in cells:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines += [f"absent: {name}: {reason}" for name, reason in sorted(absent.items())]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.op,
+        row.case,
+        row.direction,
+        row.cache,
+        row.implementation,
+        row.outcome if row.median_s is None else seconds(row.median_s),
+        "" if row.gb_per_s is None else f"{row.gb_per_s:.3g}",
+        "" if row.tflop_per_s is None else f"{row.tflop_per_s:.3g}",
+        "" if row.roofline is None else f"{100 * row.roofline:.0f} %",
+        "" if row.peak_bytes is None else bytes_(row.peak_bytes),
+        "  ".join(f"{ratio[0]:.2f}x {name}" for name, ratio in row.speed_over.items()),
+    )
