@@ -24,8 +24,16 @@ IMPL = Flag(
     effect='What impl="auto" means: auto, cuda, triton or reference. A name that cannot run a call is an error.',
 )
 
+CONFIGS = Flag(
+    name="VITRAIL_CONFIGS",
+    default="tuned",
+    effect="Where launch configurations come from: tuned (the package's files), default (none), or a folder that "
+    "tune --output wrote. Read once, at the first launch.",
+)
+
 FLAGS = (
     IMPL,
+    CONFIGS,
     Flag(
         name="TRITON_INTERPRET",
         default="0",

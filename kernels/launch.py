@@ -1,13 +1,16 @@
 """How Triton kernels are launched: device guard, 64-bit addressing, and a recorder for ahead-of-time compilation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 
 INT32_BYTES = 2**31 - 1
+
+Passes = Mapping[str, tuple[Any, ...]]  # the arguments of each pass of an op, by the pass's name
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ def record_launches() -> Iterator[list[Launch]]:
         yield _recorded
     finally:
         _recorded = previous
+
+
+def launches_of(module: ModuleType, passes: Passes) -> list[Launch]:
+    """Returns the launches that a kernel module's launchers would make for these arguments, meta tensors or real."""
+    with record_launches() as recorded:
+        for which, args in passes.items():
+            getattr(module, which)(*args)
+    return recorded
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

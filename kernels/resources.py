@@ -13,25 +13,28 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from .launch import Launch, record_launches
+from .launch import Launch, launches_of
 
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes for one CTA; the compiler does not check it
 TABLE = Path(__file__).with_name("resources.json")
 
-# Modules with a representative_calls() function.
+# Modules with representative_calls(): builders, by name, of arguments on meta tensors for each pass.
 KERNEL_MODULES = tuple(
     f"vitrail.kernels.{op}.kernel"
     for op in ("random_masking", "masked_patch_gather", "restore_tokens", "masked_patch_loss")
 )
+
+Name = TypeVar("Name", bound=Hashable)
 
 TYPES = {
     torch.uint8: "u8",
@@ -72,14 +75,11 @@ def collect() -> dict[str, Launch]:
     seen: set[str] = set()
     for module_name in KERNEL_MODULES:
         module = importlib.import_module(module_name)
-        for call_name, call in module.representative_calls().items():
-            with record_launches() as recorded:
-                call()
-            for launch in recorded:
-                variant = repr((launch.kernel, specialise(launch), launch.options))
-                if variant in seen:
+        for call_name, build in module.representative_calls().items():
+            for launch in launches_of(module, build(device="meta")):
+                if variant(launch) in seen:
                     continue
-                seen.add(variant)
+                seen.add(variant(launch))
                 launches[f"{module_name.split('.')[-2]}/{call_name}/{launch.kernel.__name__}"] = launch
     return launches
 
@@ -93,16 +93,34 @@ def measure(names: list[str] | None = None) -> dict[str, dict[str, Resources]]:
     names = list(collect()) if names is None else names
     jobs = [(name, capability) for name in names for capability in CAPABILITIES]
     table: dict[str, dict[str, Resources]] = collections.defaultdict(dict)
-    # Forking a process that holds torch's threads is not safe; spawned workers import afresh.
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=get_context("spawn")) as pool:
-        for (name, capability), resources in zip(jobs, pool.map(_compile_named, jobs, chunksize=4), strict=True):
-            table[name][str(capability)] = resources
+    for (name, capability), resources in zip(jobs, compile_all(collect, jobs), strict=True):
+        table[name][str(capability)] = resources
     return dict(table)
 
 
-def _compile_named(job: tuple[str, int]) -> Resources:
+def compile_all(source: Callable[[], dict[Name, Launch]], jobs: list[tuple[Name, int]]) -> Iterator[Resources]:
+    """Compiles launches in several processes.
+
+    Args:
+        source: Returns the launches by name; it is called in every process, and so must be picklable and quick.
+        jobs: Names, each with the target to compile for.
+
+    Yields:
+        What each job's kernel uses, in order.
+    """
+    # Forking a process that holds torch's threads is not safe; spawned workers import afresh.
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(functools.partial(_compile_job, source), jobs, chunksize=4)
+
+
+def _compile_job(source: Callable[[], dict[Name, Launch]], job: tuple[Name, int]) -> Resources:
     name, capability = job
-    return compile_launch(collect()[name], capability)
+    return compile_launch(source()[name], capability)
+
+
+def variant(launch: Launch) -> str:
+    """Returns a text that is the same for launches that compile alike."""
+    return repr((launch.kernel, specialise(launch), launch.options))
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:

@@ -8,13 +8,41 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch, needs_int64
+from ..launch import Passes, launch, needs_int64
 from ..patches import channel_affine, image_size, patch_width
 from ..pixels import adjacent, by_channel, load_pixels, patch_offset, pixel_strides, value_offset
+from ..tuning import MAE_SIZES, Tunable, combinations
 
-ROWS = 4  # patches of a gather program: a warp for each
-BLOCK = 256  # columns of a program: 8 for each lane, 16 bytes of bf16
 INDEX_BLOCK = 64  # indices that the backward searches at a time
+
+# ROWS patches and BLOCK columns of a program: a warp for each patch by default, and 8 values for each lane, which are
+# 16 bytes of bf16.
+GATHER = Tunable(
+    op="masked_patch_gather",
+    kernel="gather_kernel",
+    default={"ROWS": 4, "BLOCK": 256, "num_warps": 4},
+    candidates=tuple(
+        config
+        for config in combinations(ROWS=(2, 4, 8), BLOCK=(128, 256, 512), num_warps=(1, 2, 4, 8))
+        if 8 <= config["ROWS"] * config["BLOCK"] // (32 * config["num_warps"]) <= 16
+    ),
+    exact=("images", "out", "patch", "adjacent", "int64"),
+    sizes=("rows", "columns"),
+)
+# BLOCK columns of one patch; a wider block searches the indices less often.
+SCATTER = Tunable(
+    op="masked_patch_gather",
+    kernel="scatter_kernel",
+    default={"BLOCK": 256, "num_warps": 1},
+    candidates=tuple(
+        config
+        for config in combinations(BLOCK=(128, 256, 512, 1024), num_warps=(1, 2, 4))
+        if 4 <= config["BLOCK"] // (32 * config["num_warps"]) <= 16
+    ),
+    exact=("images", "grad", "patch", "adjacent", "int64"),
+    sizes=("rows", "count"),
+)
+TUNABLES = (GATHER, SCATTER)
 
 
 @triton.jit
@@ -121,9 +149,13 @@ def forward(
     height, width = image_size(images)
     out = torch.empty((batch, count, columns), dtype=dtype, device=images.device)
     scale, shift = channel_affine(images, mean, std)
+    side_by_side, int64 = adjacent(images), needs_int64(images, indices, out)
+    config = GATHER.config(
+        images.device, (images.dtype, dtype, patch_size, side_by_side, int64), (batch * count, columns)
+    )
     launch(
         gather_kernel,
-        (triton.cdiv(batch * count, ROWS), triton.cdiv(columns, BLOCK)),
+        (triton.cdiv(batch * count, config["ROWS"]), triton.cdiv(columns, config["BLOCK"])),
         images,
         indices,
         out,
@@ -137,11 +169,9 @@ def forward(
         shift,
         COLUMNS=columns,
         PATCH=patch_size,
-        ADJACENT=adjacent(images),
-        ROWS=ROWS,
-        BLOCK=BLOCK,
-        INT64=needs_int64(images, indices, out),
-        num_warps=ROWS,
+        ADJACENT=side_by_side,
+        INT64=int64,
+        **config,
     )
     return out
 
@@ -159,9 +189,13 @@ def backward(
     num_patches = (height // patch_size) * (width // patch_size)
     out = torch.empty_like(images)
     scale, _ = channel_affine(images, std, std)
+    side_by_side, int64 = adjacent(out), needs_int64(grad, indices, out)
+    config = SCATTER.config(
+        images.device, (images.dtype, grad.dtype, patch_size, side_by_side, int64), (batch * num_patches, count)
+    )
     launch(
         scatter_kernel,
-        (batch * num_patches, triton.cdiv(patch_width(patch_size), BLOCK)),
+        (batch * num_patches, triton.cdiv(patch_width(patch_size), config["BLOCK"])),
         grad,
         indices,
         out,
@@ -173,33 +207,51 @@ def backward(
         pixel_strides(out),
         scale,
         PATCH=patch_size,
-        ADJACENT=adjacent(out),
-        BLOCK=BLOCK,
+        ADJACENT=side_by_side,
         INDEX_BLOCK=INDEX_BLOCK,
-        INT64=needs_int64(grad, indices, out),
-        num_warps=1,
+        INT64=int64,
+        **config,
     )
     return out
 
 
-def representative_calls() -> dict[str, Callable[[], object]]:
-    """Returns calls on meta tensors whose launches cover the compiled variants, for the resource table."""
-
-    def gather(patch: int, dtype: torch.dtype, *, hwc: bool = True, size: int = 224, batch: int = 256) -> object:
-        images = torch.empty((batch, size, size, 3) if hwc else (batch, 3, size, size), dtype=dtype, device="meta")
-        indices = torch.empty((batch, (size // patch) ** 2 // 4), dtype=torch.int64, device="meta")
-        columns = -(-patch_width(patch) // 8) * 8
-        if dtype == torch.uint8:
-            return forward(images, indices, patch, (), (), columns, torch.bfloat16)
-        grad = torch.empty((*indices.shape, columns), dtype=torch.bfloat16, device="meta")
-        return forward(images, indices, patch, (), (), columns, dtype), backward(grad, images, indices, patch, ())
-
-    calls: dict[str, Callable[[], object]] = {
-        f"uint8 HWC P{patch}": partial(gather, patch, torch.uint8) for patch in (8, 14, 16, 32)
+def _example(
+    patch: int, dtype: torch.dtype, *, hwc: bool = True, batch: int = 256, device: torch.device | str
+) -> Passes:
+    """Returns arguments of each pass for a quarter of the patches of 224-pixel images; of uint8, without gradient."""
+    images = torch.randint(
+        0, 256, (batch, 224, 224, 3) if hwc else (batch, 3, 224, 224), device=device, dtype=torch.uint8
+    )
+    indices = torch.rand(batch, (224 // patch) ** 2, device=device).argsort(1)
+    indices = indices[:, : indices.shape[1] // 4].contiguous()
+    columns = -(-patch_width(patch) // 8) * 8
+    if dtype == torch.uint8:
+        return {"forward": (images, indices, patch, (), (), columns, torch.bfloat16)}
+    images = (images / 255).to(dtype)
+    grad = torch.randn((*indices.shape, columns), dtype=torch.bfloat16, device=device)
+    return {
+        "forward": (images, indices, patch, (), (), columns, dtype),
+        "backward": (grad, images, indices, patch, ()),
     }
-    calls |= {f"uint8 CHW P{patch}": partial(gather, patch, torch.uint8, hwc=False) for patch in (14, 16)}
-    calls["uint8 HWC P16 int64 offsets"] = partial(gather, 16, torch.uint8, batch=2**15)
-    calls |= {f"fp32 HWC P{patch}": partial(gather, patch, torch.float32) for patch in (14, 16)}
-    calls["bf16 CHW P16"] = partial(gather, 16, torch.bfloat16, hwc=False)
-    calls["fp32 HWC P16 int64 offsets"] = partial(gather, 16, torch.float32, batch=2**15)
+
+
+def representative_calls() -> dict[str, Callable[..., Passes]]:
+    """Returns builders of arguments whose launches cover the compiled variants, for the resource table."""
+    calls: dict[str, Callable[..., Passes]] = {
+        f"uint8 HWC P{patch}": partial(_example, patch, torch.uint8) for patch in (8, 14, 16, 32)
+    }
+    calls |= {f"uint8 CHW P{patch}": partial(_example, patch, torch.uint8, hwc=False) for patch in (14, 16)}
+    calls["uint8 HWC P16 int64 offsets"] = partial(_example, 16, torch.uint8, batch=2**15)
+    calls |= {f"fp32 HWC P{patch}": partial(_example, patch, torch.float32) for patch in (14, 16)}
+    calls["bf16 CHW P16"] = partial(_example, 16, torch.bfloat16, hwc=False)
+    calls["fp32 HWC P16 int64 offsets"] = partial(_example, 16, torch.float32, batch=2**15)
+    return calls
+
+
+def tuning_calls() -> dict[str, Callable[..., Passes]]:
+    """Returns builders of the arguments that the tuner measures: MAE's, from our loader and from torchvision's."""
+    calls: dict[str, Callable[..., Passes]] = {}
+    for patch, batch in MAE_SIZES:
+        calls[f"uint8 HWC P{patch} B{batch}"] = partial(_example, patch, torch.uint8, batch=batch)
+        calls[f"fp32 CHW P{patch} B{batch}"] = partial(_example, patch, torch.float32, hwc=False, batch=batch)
     return calls

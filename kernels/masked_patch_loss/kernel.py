@@ -9,14 +9,36 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch, needs_int64
+from ..launch import Passes, launch, needs_int64
 from ..patches import channel_affine, image_size, patch_width
 from ..pixels import adjacent, load_pixels, pixel_strides
 from ..reduction import sum_partials
+from ..tuning import MAE_SIZES, Config, Tunable, combinations
 from .reference import EPS
 
-PROGRAMS = 2048  # of the forward, each with one partial sum: a fixed number, so that every GPU adds alike
-VALUES_PER_WARP = 256  # 8 for each lane, 16 bytes of bf16
+PROGRAMS = 2048  # of the forward, each with one partial sum: a fixed number, so that every GPU adds the same ones
+MAX_WARPS = 32  # that CUDA runs as one CTA
+
+# A program holds a patch in registers; by default 8 values in each lane, 16 bytes of bf16.
+DEFAULT = {"VALUES_PER_WARP": 256}
+CANDIDATES = combinations(VALUES_PER_WARP=(128, 256, 512, 1024))
+LOSS = Tunable(
+    op="masked_patch_loss",
+    kernel="loss_kernel",
+    default=DEFAULT,
+    candidates=CANDIDATES,
+    exact=("pred", "images", "patch", "adjacent", "norm_pix", "int64"),
+    sizes=("rows",),
+)
+LOSS_BACKWARD = Tunable(
+    op="masked_patch_loss",
+    kernel="loss_backward_kernel",
+    default=DEFAULT,
+    candidates=CANDIDATES,
+    exact=LOSS.exact,
+    sizes=("rows", "columns"),
+)
+TUNABLES = (LOSS, LOSS_BACKWARD)
 
 
 @triton.jit
@@ -173,6 +195,11 @@ def loss_backward_kernel(
     tl.store(out + row * COLUMNS + value, result.to(out.dtype.element_ty), mask=value < COLUMNS)
 
 
+def _warps(block: int, config: Config) -> int:
+    """Returns the number of warps of a program over `block` values."""
+    return min(max(block // config["VALUES_PER_WARP"], 1), MAX_WARPS)
+
+
 def _image_arguments(
     images: torch.Tensor, masked_indices: torch.Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Any, ...]:
@@ -199,6 +226,9 @@ def forward(
     programs = triton.cdiv(rows, rows_per_program)
     partials = torch.empty((programs, 1), dtype=torch.float32, device=pred.device)
     block = triton.next_power_of_2(width)
+    side_by_side, int64 = adjacent(images), needs_int64(pred, images, masked_indices)
+    exact = (pred.dtype, images.dtype, patch_size, side_by_side, norm_pix, int64)
+    config = LOSS.config(pred.device, exact, (rows,))
     launch(
         loss_kernel,
         (programs,),
@@ -212,11 +242,11 @@ def forward(
         pred.stride(),
         *_image_arguments(images, masked_indices, patch_size, mean, std),
         PATCH=patch_size,
-        ADJACENT=adjacent(images),
+        ADJACENT=side_by_side,
         NORM_PIX=norm_pix,
         BLOCK=block,
-        INT64=needs_int64(pred, images, masked_indices),
-        num_warps=block // VALUES_PER_WARP,
+        INT64=int64,
+        num_warps=_warps(block, config),
     )
     loss = torch.empty((), dtype=torch.float32, device=pred.device)
     sum_partials(partials, loss.view(1), scale=1 / (rows * width))
@@ -238,6 +268,9 @@ def backward(
     columns = pred.shape[-1]
     out = torch.empty((batch, count, columns), dtype=pred.dtype, device=pred.device)
     block = triton.next_power_of_2(columns)
+    side_by_side, int64 = adjacent(images), needs_int64(pred, images, masked_indices, out)
+    exact = (pred.dtype, images.dtype, patch_size, side_by_side, norm_pix, int64)
+    config = LOSS_BACKWARD.config(pred.device, exact, (batch * count, columns))
     launch(
         loss_backward_kernel,
         (batch * count,),
@@ -252,38 +285,59 @@ def backward(
         *_image_arguments(images, masked_indices, patch_size, mean, std),
         COLUMNS=columns,
         PATCH=patch_size,
-        ADJACENT=adjacent(images),
+        ADJACENT=side_by_side,
         NORM_PIX=norm_pix,
         BLOCK=block,
-        INT64=needs_int64(pred, images, masked_indices, out),
-        num_warps=block // VALUES_PER_WARP,
+        INT64=int64,
+        num_warps=_warps(block, config),
     )
     return out
 
 
-def representative_calls() -> dict[str, Callable[[], object]]:
-    """Returns calls on meta tensors whose launches cover the compiled variants, for the resource table."""
+def _example(
+    patch: int,
+    images: torch.dtype = torch.uint8,
+    pred: torch.dtype = torch.bfloat16,
+    *,
+    hwc: bool = True,
+    norm_pix: bool = True,
+    batch: int = 256,
+    device: torch.device | str,
+) -> Passes:
+    """Returns arguments of each pass for three quarters of the patches of 224-pixel images."""
+    size = (batch, 224, 224, 3) if hwc else (batch, 3, 224, 224)
+    pixels = torch.randint(0, 256, size, device=device, dtype=torch.uint8)
+    indices = torch.rand(batch, (224 // patch) ** 2, device=device).argsort(1)
+    indices = indices[:, indices.shape[1] // 4 :].contiguous()
+    arguments = (
+        torch.randn((*indices.shape, -(-patch_width(patch) // 8) * 8), dtype=pred, device=device),
+        pixels if images == torch.uint8 else (pixels / 255).to(images),
+        indices,
+        patch,
+        norm_pix,
+        (),
+        (),
+    )
+    return {"forward": arguments, "backward": (torch.ones((), device=device), *arguments)}
 
-    def loss(
-        patch: int,
-        images_dtype: torch.dtype = torch.uint8,
-        pred_dtype: torch.dtype = torch.bfloat16,
-        *,
-        hwc: bool = True,
-        norm_pix: bool = True,
-        batch: int = 256,
-    ) -> object:
-        images = torch.empty((batch, 224, 224, 3) if hwc else (batch, 3, 224, 224), dtype=images_dtype, device="meta")
-        indices = torch.empty((batch, (224 // patch) ** 2 * 3 // 4), dtype=torch.int64, device="meta")
-        columns = -(-patch_width(patch) // 8) * 8
-        pred = torch.empty((*indices.shape, columns), dtype=pred_dtype, device="meta")
-        arguments = (pred, images, indices, patch, norm_pix, (), ())
-        return backward(forward(*arguments), *arguments)
 
-    calls: dict[str, Callable[[], object]] = {f"uint8 HWC P{patch}": partial(loss, patch) for patch in (8, 14, 16, 32)}
-    calls |= {f"uint8 CHW P{patch}": partial(loss, patch, hwc=False) for patch in (14, 16)}
-    calls["uint8 HWC P16 raw pixels"] = partial(loss, 16, norm_pix=False)
-    calls["uint8 HWC P16 fp32 pred"] = partial(loss, 16, pred_dtype=torch.float32)
-    calls["fp32 CHW P16"] = partial(loss, 16, torch.float32, hwc=False)
-    calls["uint8 HWC P16 int64 offsets"] = partial(loss, 16, batch=2**15)
+def representative_calls() -> dict[str, Callable[..., Passes]]:
+    """Returns builders of arguments whose launches cover the compiled variants, for the resource table."""
+    calls: dict[str, Callable[..., Passes]] = {
+        f"uint8 HWC P{patch}": partial(_example, patch) for patch in (8, 14, 16, 32)
+    }
+    calls |= {f"uint8 CHW P{patch}": partial(_example, patch, hwc=False) for patch in (14, 16)}
+    calls["uint8 HWC P16 raw pixels"] = partial(_example, 16, norm_pix=False)
+    calls["uint8 HWC P16 fp32 pred"] = partial(_example, 16, pred=torch.float32)
+    calls["fp32 CHW P16"] = partial(_example, 16, torch.float32, hwc=False)
+    calls["uint8 HWC P16 int64 offsets"] = partial(_example, 16, batch=2**15)
+    return calls
+
+
+def tuning_calls() -> dict[str, Callable[..., Passes]]:
+    """Returns builders of the arguments that the tuner measures: MAE's, from our loader and from torchvision's."""
+    calls: dict[str, Callable[..., Passes]] = {}
+    for patch, batch in MAE_SIZES:
+        calls[f"uint8 HWC P{patch} B{batch}"] = partial(_example, patch, batch=batch)
+        calls[f"fp32 CHW P{patch} B{batch}"] = partial(_example, patch, torch.float32, hwc=False, batch=batch)
     return calls

@@ -2,15 +2,29 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch, needs_int64
+from ..launch import Passes, launch, needs_int64
+from ..tuning import MAE_SIZES, Tunable, combinations
 
-BLOCK = 64  # positions ranked by a program
-CHUNK = 64  # positions they are compared with at a time
+# BLOCK positions are ranked by a program, and compared with CHUNK at a time: 8 to 32 comparisons for each lane.
+RANK = Tunable(
+    op="random_masking",
+    kernel="rank_kernel",
+    default={"BLOCK": 64, "CHUNK": 64, "num_warps": 4},
+    candidates=tuple(
+        config
+        for config in combinations(BLOCK=(32, 64, 128), CHUNK=(32, 64, 128), num_warps=(2, 4, 8))
+        if 8 <= config["BLOCK"] * config["CHUNK"] // (32 * config["num_warps"]) <= 32
+    ),
+    exact=("noise", "int64"),
+    sizes=("batch", "length"),
+)
+TUNABLES = (RANK,)
 
 
 @triton.jit
@@ -63,9 +77,11 @@ def forward(noise: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor,
     ids_keep = torch.empty((batch, keep), dtype=torch.int64, device=noise.device)
     ids_mask = torch.empty((batch, length - keep), dtype=torch.int64, device=noise.device)
     ids_restore = torch.empty((batch, length), dtype=torch.int64, device=noise.device)
+    int64 = needs_int64(noise, ids_restore)
+    config = RANK.config(noise.device, (noise.dtype, int64), (batch, length))
     launch(
         rank_kernel,
-        (batch, triton.cdiv(length, BLOCK)),
+        (batch, triton.cdiv(length, config["BLOCK"])),
         noise,
         ids_keep,
         ids_mask,
@@ -73,20 +89,26 @@ def forward(noise: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor,
         length,
         keep,
         noise.stride(0),
-        BLOCK=BLOCK,
-        CHUNK=CHUNK,
-        INT64=needs_int64(noise, ids_restore),
-        num_warps=4,
+        INT64=int64,
+        **config,
     )
     return ids_keep, ids_mask, ids_restore
 
 
-def representative_calls() -> dict[str, Callable[[], object]]:
-    """Returns calls on meta tensors whose launches cover the compiled variants, for the resource table."""
-    small = torch.empty(256, 256, device="meta")
-    large = torch.empty(2**21, 1024, device="meta")
+def _example(batch: int, length: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str) -> Passes:
+    """Returns arguments of each pass that keep a quarter of the positions."""
+    return {"forward": (torch.rand(batch, length, dtype=dtype, device=device), length // 4)}
+
+
+def representative_calls() -> dict[str, Callable[..., Passes]]:
+    """Returns builders of arguments whose launches cover the compiled variants, for the resource table."""
     return {
-        "L256": lambda: forward(small, 64),
-        "L256 fp64": lambda: forward(small.double(), 64),
-        "L1024 int64 offsets": lambda: forward(large, 256),
+        "L256": partial(_example, 256, 256),
+        "L256 fp64": partial(_example, 256, 256, dtype=torch.float64),
+        "L1024 int64 offsets": partial(_example, 2**21, 1024),
     }
+
+
+def tuning_calls() -> dict[str, Callable[..., Passes]]:
+    """Returns builders of the arguments that the tuner measures: MAE's."""
+    return {f"P{patch} B{batch}": partial(_example, batch, (224 // patch) ** 2) for patch, batch in MAE_SIZES}

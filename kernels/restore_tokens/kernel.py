@@ -8,12 +8,38 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch, needs_int64
+from ..launch import Passes, launch, needs_int64
 from ..reduction import sum_partials
+from ..tuning import MAE_SIZES, Config, Tunable, combinations
 
-ROWS = 4  # tokens (forward) or samples (backward) of a tile
-MAX_BLOCK = 512  # columns of a tile: a whole row of MAE's decoder
-PROGRAMS = 2048  # that the backward aims at: a fixed number, so that every GPU adds alike
+PROGRAMS = 2048  # that the backward aims at: a fixed number, so that every GPU adds the same partial sums
+
+# ROWS tokens (forward) or samples (backward) and at most MAX_BLOCK columns of a tile: by default a whole row of MAE's
+# decoder, and 16 values for each lane.
+DEFAULT = {"ROWS": 4, "MAX_BLOCK": 512, "num_warps": 4}
+CANDIDATES = tuple(
+    config
+    for config in combinations(ROWS=(2, 4, 8), MAX_BLOCK=(256, 512, 1024), num_warps=(2, 4, 8))
+    if 8 <= config["ROWS"] * config["MAX_BLOCK"] // (32 * config["num_warps"]) <= 16
+)
+SIZES = ("batch", "tokens", "width")
+RESTORE = Tunable(
+    op="restore_tokens",
+    kernel="restore_kernel",
+    default=DEFAULT,
+    candidates=CANDIDATES,
+    exact=("visible", "mask_token", "pos_embed", "out", "int64"),
+    sizes=SIZES,
+)
+RESTORE_BACKWARD = Tunable(
+    op="restore_tokens",
+    kernel="restore_backward_kernel",
+    default=DEFAULT,
+    candidates=CANDIDATES,
+    exact=("grad", "visible", "mask_token", "pos_embed", "int64"),  # None for a gradient that is not wanted
+    sizes=SIZES,
+)
+TUNABLES = (RESTORE, RESTORE_BACKWARD)
 
 
 @triton.jit
@@ -128,6 +154,11 @@ def restore_backward_kernel(
         tl.store(target, tl.sum(pos_sum, 0), mask=column < width)
 
 
+def _block(width: int, config: Config) -> int:
+    """Returns the number of columns of a tile over rows of `width` values."""
+    return min(triton.next_power_of_2(max(width, 1)), config["MAX_BLOCK"])
+
+
 def forward(
     visible: torch.Tensor,
     ids_restore: torch.Tensor,
@@ -140,10 +171,15 @@ def forward(
     batch, length = ids_restore.shape
     tokens, width = num_prefix + length, visible.shape[2]
     out = torch.empty((batch, tokens, width), dtype=dtype, device=visible.device)
-    block = min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK)
+    pos_dtype = None if pos_embed is None else pos_embed.dtype
+    int64 = needs_int64(visible, ids_restore, mask_token, pos_embed, out)
+    config = RESTORE.config(
+        visible.device, (visible.dtype, mask_token.dtype, pos_dtype, dtype, int64), (batch, tokens, width)
+    )
+    block = _block(width, config)
     launch(
         restore_kernel,
-        (batch * triton.cdiv(tokens, ROWS), triton.cdiv(width, block)),
+        (batch * triton.cdiv(tokens, config["ROWS"]), triton.cdiv(width, block)),
         visible,
         ids_restore,
         mask_token,
@@ -158,10 +194,10 @@ def forward(
         mask_token.stride(0) if mask_token.ndim == 2 else 0,
         0 if pos_embed is None else pos_embed.stride(0),
         HAS_POS=pos_embed is not None,
-        ROWS=ROWS,
+        ROWS=config["ROWS"],
         BLOCK=block,
-        INT64=needs_int64(visible, ids_restore, mask_token, pos_embed, out),
-        num_warps=4,
+        INT64=int64,
+        num_warps=config["num_warps"],
     )
     return out
 
@@ -179,9 +215,9 @@ def backward(
     """Launches the pass over the gradient and the sums. Arguments and results as in the reference."""
     batch, tokens, width = grad.shape
     length = tokens - num_prefix
-    block = min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK)
-    column_blocks = triton.cdiv(width, block)
-    shares = min(triton.cdiv(PROGRAMS, max(tokens * column_blocks, 1)), max(triton.cdiv(batch, ROWS), 1))
+    # By the default tile, whatever the launched one: the partial sums must not depend on the configuration.
+    programs = tokens * triton.cdiv(width, _block(width, DEFAULT))
+    shares = min(triton.cdiv(PROGRAMS, max(programs, 1)), max(triton.cdiv(batch, DEFAULT["ROWS"]), 1))
     samples_per_program = max(triton.cdiv(batch, shares), 1)
 
     def buffer(shape: tuple[int, ...], wanted: bool, dtype: torch.dtype | None) -> torch.Tensor:
@@ -193,9 +229,14 @@ def backward(
     pos_partials = buffer((shares, tokens, width), want_pos, torch.float32)
     grad_mask = buffer((length, width) if per_position else (width,), want_mask, mask_dtype)
     grad_pos = buffer((tokens, width), want_pos, pos_dtype)
+    int64 = needs_int64(grad, ids_restore, grad_visible, mask_partials, pos_partials)
+    config = RESTORE_BACKWARD.config(
+        grad.device, (grad.dtype, visible_dtype, mask_dtype, pos_dtype, int64), (batch, tokens, width)
+    )
+    block = _block(width, config)
     launch(
         restore_backward_kernel,
-        (tokens, shares, column_blocks),
+        (tokens, shares, triton.cdiv(width, block)),
         grad,
         ids_restore,
         grad_visible,
@@ -212,10 +253,10 @@ def backward(
         WANT_VISIBLE=want_visible,
         WANT_MASK=want_mask,
         WANT_POS=want_pos,
-        ROWS=ROWS,
+        ROWS=config["ROWS"],
         BLOCK=block,
-        INT64=needs_int64(grad, ids_restore, grad_visible, mask_partials, pos_partials),
-        num_warps=4,
+        INT64=int64,
+        num_warps=config["num_warps"],
     )
     if want_mask:
         sum_partials(
@@ -226,32 +267,61 @@ def backward(
     return grad_visible, grad_mask, grad_pos
 
 
-def representative_calls() -> dict[str, Callable[[], object]]:
-    """Returns calls on meta tensors whose launches cover the compiled variants, for the resource table."""
-
-    def restore(
-        visible: torch.dtype, *, width: int = 512, table: bool = False, pos: bool = True, batch: int = 256
-    ) -> object:
-        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        ids_restore = meta(batch, 256, dtype=torch.int64)
-        mask_token = meta(*((256, width) if table else (width,)))
-        out = forward(
-            meta(batch, 65, width, dtype=visible),
-            ids_restore,
-            mask_token,
-            meta(257, width) if pos else None,
-            1,
-            torch.float32 if pos else visible,
-        )
-        pos_dtype = torch.float32 if pos else None
-        return backward(out, ids_restore, 64, 1, visible, torch.float32, table, pos_dtype)
-
+def _example(
+    visible: torch.dtype,
+    *,
+    mask: torch.dtype = torch.float32,
+    width: int = 512,
+    length: int = 256,
+    table: bool = False,
+    pos: bool = True,
+    learned_pos: bool = True,
+    batch: int = 256,
+    device: torch.device | str,
+) -> Passes:
+    """Returns arguments of each pass with a class token and a quarter of the tokens visible."""
+    ids_restore = torch.rand(batch, length, device=device).argsort(1)
+    keep = length // 4
+    randn = partial(torch.randn, device=device)
+    dtype = torch.float32 if pos else visible
     return {
-        "bf16 with fp32 positions D512": partial(restore, torch.bfloat16),
-        "fp32 D512": partial(restore, torch.float32),
-        "bf16 mask table without positions D512": partial(restore, torch.bfloat16, table=True, pos=False),
-        "bf16 with fp32 positions D1280": partial(restore, torch.bfloat16, width=1280),
-        "bf16 with fp32 positions D512 int64 offsets": partial(restore, torch.bfloat16, batch=2**14),
+        "forward": (
+            randn(batch, 1 + keep, width, dtype=visible),
+            ids_restore,
+            randn(*((length, width) if table else (width,)), dtype=mask),
+            randn(1 + length, width) if pos else None,
+            1,
+            dtype,
+        ),
+        "backward": (
+            randn(batch, 1 + length, width, dtype=dtype),
+            ids_restore,
+            keep,
+            1,
+            visible,
+            mask,
+            table,
+            torch.float32 if pos and learned_pos else None,
+        ),
     }
+
+
+def representative_calls() -> dict[str, Callable[..., Passes]]:
+    """Returns builders of arguments whose launches cover the compiled variants, for the resource table."""
+    return {
+        "bf16 with fp32 positions D512": partial(_example, torch.bfloat16),
+        "fp32 D512": partial(_example, torch.float32),
+        "bf16 mask table without positions D512": partial(_example, torch.bfloat16, table=True, pos=False),
+        "bf16 with fp32 positions D1280": partial(_example, torch.bfloat16, width=1280),
+        "bf16 with fp32 positions D512 int64 offsets": partial(_example, torch.bfloat16, batch=2**14),
+    }
+
+
+def tuning_calls() -> dict[str, Callable[..., Passes]]:
+    """Returns builders of the arguments that the tuner measures: the tokens and the first qkv of MAE's decoder."""
+    calls: dict[str, Callable[..., Passes]] = {}
+    for patch, batch in MAE_SIZES:
+        example = partial(_example, torch.bfloat16, length=(224 // patch) ** 2, batch=batch)
+        calls[f"tokens D512 P{patch} B{batch}"] = partial(example, learned_pos=False)
+        calls[f"qkv D1536 P{patch} B{batch}"] = partial(example, mask=torch.bfloat16, width=1536, table=True, pos=False)
+    return calls

@@ -172,8 +172,18 @@ def test_dtype_follows_autocast_then_the_images():
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("drop the last tile of columns", KERNEL, "triton.cdiv(columns, BLOCK)", "columns // BLOCK"),
-        Fault("drop the last rows", KERNEL, "triton.cdiv(batch * count, ROWS)", "batch * count // ROWS"),
+        Fault(
+            "drop the last tile of columns",
+            KERNEL,
+            'triton.cdiv(columns, config["BLOCK"])',
+            "columns // config['BLOCK']",
+        ),
+        Fault(
+            "drop the last rows",
+            KERNEL,
+            'triton.cdiv(batch * count, config["ROWS"])',
+            "batch * count // config['ROWS']",
+        ),
         Fault("padding left unwritten", KERNEL, "& (column < COLUMNS)", "& (column < 3 * PATCH * PATCH)"),
         Fault("gradient keeps only the last duplicate", KERNEL, "total += tl.load(row", "total = tl.load(row"),
         Fault("gradient ignores std", KERNEL, "total *= by_channel(column, scale)", "total *= 1.0"),

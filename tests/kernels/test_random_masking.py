@@ -74,7 +74,7 @@ def test_ops_and_compilation():
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("drop the last tile", KERNEL, "triton.cdiv(length, BLOCK)", "length // BLOCK"),
+        Fault("drop the last tile", KERNEL, 'triton.cdiv(length, config["BLOCK"])', "length // config['BLOCK']"),
         Fault("drop the last chunk", KERNEL, "range(0, length, CHUNK)", "range(0, length - CHUNK, CHUNK)"),
         Fault("ties to the higher index", KERNEL, "other[None, :] < position", "other[None, :] > position"),
         Fault("restore holds the shuffle", KERNEL, "position, rank.to(tl.int64)", "rank, position.to(tl.int64)"),

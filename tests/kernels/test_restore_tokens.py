@@ -164,7 +164,12 @@ def test_compilation():
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("drop the last tile of columns", KERNEL, "ROWS), triton.cdiv(width, block))", "ROWS), width // block)"),
+        Fault(
+            "drop the last tile of columns",
+            KERNEL,
+            '["ROWS"]), triton.cdiv(width, block))',
+            '["ROWS"]), width // block)',
+        ),
         Fault("drop the last token", KERNEL, "inside = token < tokens", "inside = token < tokens - 1"),
         Fault(
             "wrong restore order",
