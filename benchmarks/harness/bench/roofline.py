@@ -13,7 +13,11 @@ from .rows import Row, quantiles
 
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}  # of each side: many times the caches
 SIDE = {"cuda": 8192, "cpu": 2048}
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# A CPU without fp16 arithmetic takes a minute for one product, and nobody trains in it there.
+DTYPES = {
+    "cuda": (torch.bfloat16, torch.float16, torch.float32),
+    "cpu": (torch.bfloat16, torch.float32),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def measured(device: torch.device) -> tuple[Roofline, tuple[Row, ...]]:
     rows = [_row("copy", {"bytes": size}, torch.uint8, copied, nbytes=2 * size)]
     del source, target
     matrix = {}
-    for dtype in DTYPES:
+    for dtype in DTYPES[device.type]:
         side = SIDE[device.type] // (2 if dtype == torch.float32 else 1)
         # Random values: a GPU multiplies zeros faster than it multiplies numbers.
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
