@@ -7,7 +7,12 @@ BIN    := $(VENV)/bin
 export GOMP_SPINCOUNT ?= 20000
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check bench wheelhouse links clean
+# The benchmarks of a GPU machine need neither the environment nor an installation.
+ANY_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+# `make bench-gpu --dry` is make's own --dry-run, under which lines that begin with + run all the same.
+DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry)
+
+.PHONY: demo test check bench bench-gpu figures wheelhouse links clean
 .DEFAULT_GOAL := demo
 
 # Everything the demo, the tests and the checks need, at the exact versions that are tested.
@@ -28,10 +33,17 @@ check: $(STAMP) links
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p vitrail.kernels -p vitrail.engine -p vitrail.recipes
 
-# Microbenchmarks of the ops, then a whole step beside transformers.
+# Every benchmark on this machine, beside its peers; rows in benchmarks/results, see benchmarks/README.md.
 bench: $(STAMP)
-	$(BIN)/pytest benchmarks $(ARGS)
-	$(BIN)/python benchmarks/steps/mae_step.py
+	$(BIN)/pytest benchmarks --benchmark-quiet $(ARGS)
+
+# One command on a GPU machine: checks every op, then measures ops, steps and their parts; call it again to go on.
+bench-gpu:
+	+$(ANY_PYTHON) benchmarks/harness/gpu.py $(DRY) $(ARGS)
+
+# Charts, docs/benchmarks.md and the README's section on performance, from the rows.
+figures: $(STAMP)
+	$(BIN)/python benchmarks/harness/figures.py $(ARGS)
 
 # What a GPU machine without a network needs beside torch, small packages first (Python 3.12, x86-64 Linux).
 wheelhouse: $(STAMP)

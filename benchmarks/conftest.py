@@ -1,7 +1,14 @@
 """`pytest benchmarks`: the options, the shared state and the table at the end. The work is in `harness/bench`."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from bench import plugin
+
+# `python -m pytest` puts the repository's root on the path, where transformers would take our folder `kernels` for the
+# package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parents[1]]
 
 pytest_addoption = plugin.add_options
 SESSION = pytest.StashKey[plugin.Session]()

@@ -23,6 +23,8 @@ class Sizes:
 
     batch: int
     """256 images on a GPU, as in the published arithmetic; 16 on a CPU, whose ratios are all that counts."""
+    dry: bool = False
+    """Whether nothing is timed, so that what does not shrink with the batch may be cut down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +123,10 @@ def bind(case: Case, direction: str, function: Function, inputs: Inputs) -> Call
     """A call without arguments that runs one direction of a case.
 
     Returns:
-        For `forward`, a function that returns the outputs, computed without a gradient; for `forward+backward`, one that
-        returns the outputs and the gradients of the differentiable inputs.
+        For `forward+backward`, a function that returns the outputs and the gradients of the differentiable inputs; for
+        any other direction, one that returns the outputs, computed without a gradient.
     """
-    if direction == "forward":
+    if direction != "forward+backward":
         return partial(_forward, function, inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
     given = {**inputs, **leaves}

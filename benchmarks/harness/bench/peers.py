@@ -80,7 +80,3 @@ def _importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the parent of a dotted name
         return False
-
-
-class AbsentError(Exception):
-    """Raised by a factory whose peer is installed but cannot do this case; the message is the reason."""

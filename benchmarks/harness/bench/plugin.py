@@ -129,7 +129,7 @@ def generate(metafunc: pytest.Metafunc, *, dry: bool) -> None:
     device = environment.device()
     tests = [
         pytest.param(case, direction, cache, name, id=f"{case.name}-{direction}-{cache}-{name}")
-        for case in cases(Sizes(batch=DRY_BATCH if dry else BATCH[device.type]))
+        for case in cases(Sizes(batch=DRY_BATCH if dry else BATCH[device.type], dry=dry))
         for direction in case.directions
         for cache in caches(device)
         for name in case.implementations

@@ -1,23 +1,33 @@
-"""A short table of rows for a terminal or a log."""
+"""A short table of rows for a terminal or a log, and how numbers are written anywhere."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from .rows import Row
+
+
+def number(value: float) -> str:
+    """Three significant digits, more before the point where there are more, and never an exponent."""
+    rounded = float(f"{value:.3g}")
+    if not math.isfinite(rounded) or rounded == 0:
+        return f"{rounded:.0f}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{value:.{decimals}f}"
 
 
 def seconds(value: float) -> str:
     """A duration in the unit that suits it."""
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
         if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e9:.3g} ns"
+            return f"{number(value * factor)} {unit}"
+    return f"{number(value * 1e9)} ns"
 
 
 def bytes_(value: float) -> str:
     """A number of bytes in the unit that suits it."""
     for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= factor:
-            return f"{value / factor:.3g} {unit}"
+            return f"{number(value / factor)} {unit}"
     return f"{value:.0f} B"
 
 
@@ -41,8 +51,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.cache,
         row.implementation,
         row.outcome if row.median_s is None else seconds(row.median_s),
-        "" if row.gb_per_s is None else f"{row.gb_per_s:.3g}",
-        "" if row.tflop_per_s is None else f"{row.tflop_per_s:.3g}",
+        "" if row.gb_per_s is None else number(row.gb_per_s),
+        "" if row.tflop_per_s is None else number(row.tflop_per_s),
         "" if row.roofline is None else f"{100 * row.roofline:.0f} %",
         "" if row.peak_bytes is None else bytes_(row.peak_bytes),
         "  ".join(f"{ratio[0]:.2f}x {name}" for name, ratio in row.speed_over.items()),

@@ -1,0 +1,185 @@
+"""All rows as readers of figures see them: by machine, in groups that can be compared, and traced to their code."""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .environment import ROOT
+from .rows import Row, Store
+from .table import number
+
+OURS = "vitrail"  # and its variants, such as `vitrail compiled`
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One implementation of ours against one of somebody else."""
+
+    row: Row
+    """Ours."""
+    peer: str
+    ratio: float
+    """Its time over ours: below 1 where we are slower."""
+    low: float
+    high: float
+    """Quantiles 0.2 and 0.8."""
+
+    @property
+    def slower(self) -> bool:
+        """Whether we are, as far as three digits tell."""
+        return float(f"{self.ratio:.3g}") < 1
+
+    def words(self, *, spread: bool = False) -> str:
+        """`1.52× transformers`, or `slower than transformers: 0.80×`."""
+        times = f"{number(self.ratio)}×"
+        text = f"slower than {self.peer}: {times}" if self.slower else f"{times} {self.peer}"
+        return f"{text} ({number(self.low)}–{number(self.high)})" if spread else text
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that differ in nothing but the implementation."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def first(self) -> Row:
+        """Any of them, for what they have in common."""
+        return self.rows[0]
+
+    @property
+    def ours(self) -> list[Row]:
+        """Those of vitrail and its variants, vitrail itself first."""
+        return sorted((row for row in self.rows if is_ours(row.implementation)), key=lambda row: row.implementation)
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """Of vitrail with everybody else, best first."""
+        found = [compare(row, peer) for row in self.ours[:1] for peer in row.speed_over if not is_ours(peer)]
+        return sorted((one for one in found if one is not None), key=lambda one: -one.ratio)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured on one machine."""
+
+    name: str
+    """Its folder: `cpu`, or that of a GPU."""
+    rows: tuple[Row, ...]
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it has one."""
+        return self.name != "cpu"
+
+    def known(self, name: str) -> list[str]:
+        """The values that an entry of the rows' environments takes."""
+        return sorted({str(row.environment[name]) for row in self.rows if name in row.environment})
+
+    @property
+    def title(self) -> str:
+        """Name, device, versions."""
+        threads = "" if self.gpu else f", {' or '.join(self.known('threads'))} threads"
+        return f"{self.name}: {' or '.join(self.known('device'))}{threads}, torch {' or '.join(self.known('torch'))}"
+
+    @property
+    def dates(self) -> str:
+        """The days of the first and the last row."""
+        days = sorted({row.date[:10] for row in self.rows})
+        return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+    @property
+    def absent(self) -> dict[str, str]:
+        """Who could not run in any case, with the reason."""
+        reasons = {name: why for row in self.rows for name, why in row.absent.items()}
+        present = {row.implementation for row in self.rows}
+        return {name: reasons[name] for name in sorted(reasons) if name not in present}
+
+
+def is_ours(implementation: str) -> bool:
+    """Whether an implementation is vitrail's."""
+    return implementation.split(" ")[0] == OURS
+
+
+def compare(row: Row, other: str) -> Comparison | None:
+    """A row against another implementation, None where they were not timed together."""
+    return Comparison(row, other, *row.speed_over[other]) if other in row.speed_over else None
+
+
+def read_machines(folder: Path) -> list[Machine]:
+    """The machines with rows, GPUs first.
+
+    Raises:
+        ValueError: A file is not one of rows.
+    """
+    folders = sorted({path.parent for path in folder.glob("*/*.json")})
+    machines = [Machine(path.name, tuple(Store(path).read_all())) for path in folders]
+    return sorted((one for one in machines if one.rows), key=lambda one: (not one.gpu, one.name))
+
+
+def groups(rows: Iterable[Row]) -> list[Group]:
+    """Rows that can be compared, together, in the order in which they come; the roofline's constants left out."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.op != "roofline":
+            found.setdefault((row.suite, row.op, row.case, row.dtype, row.direction, row.cache), []).append(row)
+    return [Group(tuple(members)) for members in found.values()]
+
+
+def headline(rows: Sequence[Row]) -> list[Row]:
+    """Without the rows of a hot cache where there are those of a cold one: training finds its data cold."""
+    cold = {(row.op, row.case, row.dtype, row.direction) for row in rows if row.cache == "cold"}
+    return [row for row in rows if row.cache == "cold" or (row.op, row.case, row.dtype, row.direction) not in cold]
+
+
+def in_history(commit: str) -> bool:
+    """Whether a full hash is that of a commit which everybody who has this branch has too."""
+    if re.fullmatch(r"[0-9a-f]{40}", commit) is None:
+        return False
+    asked = subprocess.run(
+        ["git", "merge-base", "--is-ancestor", commit, "HEAD"], cwd=ROOT, capture_output=True, check=False
+    )
+    return asked.returncode == 0
+
+
+def untraceable(
+    machines: Iterable[Machine], known: Callable[[str], bool], digest_of: Callable[[str], str | None]
+) -> list[str]:
+    """Rows that do not lead to the code they were measured on.
+
+    Args:
+        machines: Their rows.
+        known: Whether the history holds a commit.
+        digest_of: The fingerprint of a commit's sources.
+
+    Returns:
+        A message for each such row.
+    """
+    found = []
+    for machine in machines:
+        for row in machine.rows:
+            commit, code = str(row.environment.get("commit")), row.environment.get("code")
+            if not known(commit):
+                fault = f"its commit {commit} is not in this history"
+            elif digest_of(commit) != code:
+                fault = f"it was measured on sources {code}, but commit {commit[:10]} has {digest_of(commit)}"
+            else:
+                continue
+            found.append(f"{machine.name}/{row.op}.json: {row.key[1:]}: {fault}: measure again on committed code")
+        found += [f"{machine.name}/{group.first.op}.json: {fault}" for group in groups(machine.rows) if (fault := _mixed(group))]
+    return found
+
+
+def _mixed(group: Group) -> str:
+    """What is wrong with a group whose rows are from different code or places, empty if nothing is."""
+
+    def origin(row: Row) -> tuple[Any, ...]:
+        return tuple(row.environment.get(name) for name in ("code", "device", "torch", "threads"))
+
+    others = [row.implementation for row in group.rows if origin(row) != origin(group.ours[0] if group.ours else group.first)]
+    if not others:
+        return ""
+    return f"{group.first.key[1:]}: {', '.join(others)} measured on other code or versions: measure the case again"
