@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={f"vitrail.{folder}": folder for folder in FOLDERS},
-    package_data={"vitrail.kernels": ["*.json", "*/README.md"]},
+    package_data={"vitrail.kernels": ["*.json", "*/README.md", "*/configs/*.json"]},
     entry_points={"console_scripts": ["vitrail = vitrail.engine.cli:main"]},
     # The ranges that the code is written for; constraints.txt holds the exact versions that the tests run on.
     install_requires=[

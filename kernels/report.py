@@ -10,6 +10,7 @@ from rich.table import Table
 from .checks import interpreting, triton_installed
 from .flags import FLAGS
 from .registry import ops
+from .tuning import config_file, source
 
 
 def environment() -> Table:
@@ -44,6 +45,25 @@ def support() -> Table:
         for index, implementation in enumerate(op.implementations):
             last = index == len(op.implementations) - 1
             table.add_row("" if index else op.name, implementation.name, implementation.supports, end_section=last)
+    return table
+
+
+def configurations() -> Table:
+    """Returns, for each op, the GPUs with tuned launch configurations, and what this machine's launches take."""
+    table = Table("op", "tuned on", "here", title="launch configurations")
+    folder = source()
+    for op in ops():
+        if folder is None:
+            table.add_row(op.name, "", "defaults: VITRAIL_CONFIGS switches the lookup off")
+            continue
+        files = sorted(path.stem for path in (folder / op.name / "configs").glob("*.json"))
+        if not torch.cuda.is_available():
+            here = "nothing: no GPU"
+        elif config_file(folder, op.name, torch.cuda.get_device_name()).stem in files:
+            here = "tuned"
+        else:
+            here = f"defaults; python -m vitrail.kernels tune {op.name}"
+        table.add_row(op.name, ", ".join(files) or "no GPU yet", here)
     return table
 
 

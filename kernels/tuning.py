@@ -186,7 +186,9 @@ def _entries(tunable: Tunable, path: Path) -> list[tuple[Key, Config]]:
             faults[0],
             _remedy(path),
         )
-    return [(entry["key"], entry["config"]) for entry in entries if not tunable.fault(entry)]
+    # The candidate, not the equal dict of the file: 4.0 equals 4, and is no tile size.
+    known = tunable.candidates
+    return [(entry["key"], known[known.index(entry["config"])]) for entry in entries if not tunable.fault(entry)]
 
 
 @functools.cache

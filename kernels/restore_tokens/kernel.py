@@ -20,7 +20,7 @@ DEFAULT = {"ROWS": 4, "MAX_BLOCK": 512, "num_warps": 4}
 CANDIDATES = tuple(
     config
     for config in combinations(ROWS=(2, 4, 8), MAX_BLOCK=(256, 512, 1024), num_warps=(2, 4, 8))
-    if 8 <= config["ROWS"] * config["MAX_BLOCK"] // (32 * config["num_warps"]) <= 16
+    if 8 <= config["ROWS"] * config["MAX_BLOCK"] // (32 * config["num_warps"]) <= 32
 )
 SIZES = ("batch", "tokens", "width")
 RESTORE = Tunable(
