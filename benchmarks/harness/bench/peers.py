@@ -57,6 +57,7 @@ PEERS = {
     "torchvision": Peer("torchvision", "pip install torchvision"),
     "Pillow": Peer("PIL", "pip install pillow"),
     "DALI": Peer("nvidia.dali", "pip install nvidia-dali-cuda130"),
+    "DALI GPU": Peer("nvidia.dali", "pip install nvidia-dali-cuda130", _no_gpu),
 }
 
 
