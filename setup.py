@@ -40,6 +40,8 @@ setup(
     extras_require={
         "xformers": ["xformers>=0.0.35"],
         "docs": ["mkdocs-material>=9.5"],
+        # Peers of the benchmarks beside those of "dev"; whoever is missing is left out of the rows with the reason.
+        "bench": ["lightly>=1.5", "liger-kernel>=0.6"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PRESENT = ("torch", "triton")
-EXTRA = ("xformers", "pytest", "pytest-benchmark", "ninja")
+EXTRA = ("xformers", "lightly", "liger-kernel", "pytest", "pytest-benchmark", "ninja")
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17, 12, 5)] + [
     "manylinux2014_x86_64"
 ]

@@ -47,8 +47,8 @@ class Chart:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-FASTER = "times of others over vitrail's; left of the line vitrail is slower. Bars end at medians, whiskers span quantiles 0.2–0.8"
-ROOFLINE = "speed as a share of the floor that this machine's copy bandwidth and matrix rate set"
+FASTER = "speed of vitrail over others (medians, quantiles 0.2–0.8)"
+ROOFLINE = "share of the floor that copy bandwidth and matrix rate set"
 CHARTS = (
     Chart("steps", f"Whole training steps: {FASTER}", "steps", ("mae_step",), plots.ratios),
     Chart("batch", "A training step as the batch grows", "steps", ("mae_batch",), plots.batches),

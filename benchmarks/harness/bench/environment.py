@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 COMMIT = "VITRAIL_COMMIT"  # names the commit where the code travelled without its history
 CODE = ("kernels", "engine", "csrc", "recipes", "benchmarks")
 SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h")
+SETTINGS = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "VITRAIL_IMPL", "VITRAIL_CONFIGS")
 PEERS = ("transformers", "timm", "lightly", "liger-kernel", "deepspeed", "xformers", "torchvision", "nvidia-dali-cuda130")
 
 
@@ -41,6 +42,7 @@ def describe() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if gpu else _processor(),
         "driver": _driver() if gpu else None,
         "threads": torch.get_num_threads(),
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": installed("triton"),
@@ -48,7 +50,7 @@ def describe() -> dict[str, Any]:
         "commit": commit(),
         "code": digest((path.relative_to(ROOT).as_posix(), path.read_bytes()) for path in _sources()),
     }
-    return {name: value for name, value in facts.items() if value is not None}
+    return {name: value for name, value in facts.items() if value not in (None, {})}
 
 
 def installed(package: str) -> str | None:

@@ -16,6 +16,7 @@ from .memory import peak_of
 from .rows import Row, quantiles, ratios
 
 SEED = 0
+MOST_SETS = 1024  # of inputs for a cold cache; only masks are so small that these do not exceed it
 SECONDS = {"cpu": 1.0, "cuda": 0.3}  # for each implementation of a case
 
 

@@ -60,7 +60,7 @@ def ratios(rows: list[Row]) -> Figure | None:
         ticks: dict[float, str] = {}
         at = 0.0
         for group in part:
-            axis.text(0.0, at, f" {_heading(group)}", transform=axis.get_yaxis_transform(), va="center", weight="bold")
+            _head(axis, at, group)
             for one in group.comparisons:
                 at += 1
                 _bar(axis, at, one)
@@ -75,6 +75,12 @@ def ratios(rows: list[Row]) -> Figure | None:
         _logarithmic(axis, low, high)
         axis.set_xlabel("← vitrail slower        vitrail faster →")
     return figure
+
+
+def _head(axis: Any, at: float, group: Group) -> None:
+    box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
+    place = axis.get_yaxis_transform()
+    axis.text(0.005, at, _heading(group), transform=place, va="center", weight="bold", bbox=box, zorder=3)
 
 
 def _bar(axis: Any, at: float, one: Comparison) -> None:
@@ -93,7 +99,7 @@ def roofline(rows: list[Row]) -> Figure | None:
     if not shown:
         return None
     style = styles(rows)
-    figure = Figure(figsize=(7.6, 0.2 * len(shown) + 1.5))
+    figure = Figure(figsize=(8.4, 0.2 * len(shown) + 1.2))
     axis = figure.subplots()
     for at, group in enumerate(shown):
         # Ours last, so that nobody covers it.
@@ -117,7 +123,7 @@ def batches(rows: list[Row]) -> Figure | None:
     if not families:
         return None
     style = styles(rows)
-    figure = Figure(figsize=(8.4, 2.7 * len(families) + 0.9))
+    figure = Figure(figsize=(9.2, 2.7 * len(families) + 0.7))
     grid = figure.subplots(len(families), 2, squeeze=False)
     for (family, members), (memory, speed) in zip(families.items(), grid, strict=True):
         _curves(memory, members, style, "batch", lambda row: row.peak_bytes and row.peak_bytes / 2**30)
@@ -145,11 +151,14 @@ def costs(rows: list[Row]) -> Figure | None:
     if not panels:
         return None
     style = styles(rows)
-    figure = Figure(figsize=(4.2 * min(len(panels), 2), 2.7 * math.ceil(len(panels) / 2) + 0.9))
+    figure = Figure(figsize=(1.2 + 4 * min(len(panels), 2), 2.7 * math.ceil(len(panels) / 2) + 0.9))
     axes = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).flat
     for axis, (family, variable, fixed, chosen) in zip(axes, panels, strict=False):
         _curves(axis, chosen, style, variable, _milliseconds_per_image)
-        label = {"image": "patches of an image" if _patch(chosen[0]) else "side of an image", "mask_ratio": "mask ratio"}
+        label = {
+            "image": "patches of an image" if _patch(chosen[0]) else "side of an image",
+            "mask_ratio": "mask ratio",
+        }
         title = f"{family}, {fixed.replace('_', ' ')} {chosen[0].shape[fixed]}"
         axis.set(title=title, xlabel=label[variable], ylabel="ms for an image", ylim=(0, None))
         _failures(axis, chosen, style, variable)
@@ -167,7 +176,7 @@ def loaders(rows: list[Row]) -> Figure | None:
     ticks: dict[float, str] = {}
     at = 0.0
     for group in shown:
-        axis.text(0.0, at, f" {_heading(group)}", transform=axis.get_yaxis_transform(), va="center", weight="bold")
+        _head(axis, at, group)
         for row in group.rows:
             if rate := _rate(row):
                 at += 1
@@ -175,7 +184,9 @@ def loaders(rows: list[Row]) -> Figure | None:
                 axis.barh(at, rate, height=0.72, color=BLUE if is_ours(row.implementation) else "#999999")
                 if row.median_s and row.quantiles_s:
                     low, high = (rate * row.median_s / value for value in reversed(row.quantiles_s))
-                    axis.errorbar(rate, at, xerr=[[rate - low], [high - rate]], color="#333333", capsize=1.5)
+                    axis.errorbar(
+                        rate, at, xerr=[[rate - low], [high - rate]], color="#333333", linewidth=0.8, capsize=1.5
+                    )
                 axis.text(1, at, f" {number(rate)}", transform=axis.get_yaxis_transform(), va="center")
         at += 1.4
     axis.set_yticks(list(ticks), list(ticks.values()))
@@ -280,6 +291,6 @@ def _legend(figure: Figure, style: dict[str, Any], *, line: bool = True, outcome
     handles = [
         Line2D([], [], **(look if line else {**look, "linestyle": ""}), label=name) for name, look in style.items()
     ]
-    cross = {"marker": "x", "markersize": 7, "markeredgewidth": 2, "color": "#555555", "linestyle": ""}
+    cross: dict[str, Any] = {"marker": "x", "markersize": 7, "markeredgewidth": 2, "color": "#555555", "linestyle": ""}
     handles += [Line2D([], [], **cross, label=FAILED + why) for why in outcomes]
-    figure.legend(handles=handles, loc="outside upper right", ncols=min(len(handles), 7))
+    figure.legend(handles=handles, loc="outside right upper")

@@ -169,7 +169,11 @@ def untraceable(
             else:
                 continue
             found.append(f"{machine.name}/{row.op}.json: {row.key[1:]}: {fault}: measure again on committed code")
-        found += [f"{machine.name}/{group.first.op}.json: {fault}" for group in groups(machine.rows) if (fault := _mixed(group))]
+        found += [
+            f"{machine.name}/{group.first.op}.json: {fault}"
+            for group in groups(machine.rows)
+            if (fault := _mixed(group))
+        ]
     return found
 
 
@@ -179,7 +183,9 @@ def _mixed(group: Group) -> str:
     def origin(row: Row) -> tuple[Any, ...]:
         return tuple(row.environment.get(name) for name in ("code", "device", "torch", "threads"))
 
-    others = [row.implementation for row in group.rows if origin(row) != origin(group.ours[0] if group.ours else group.first)]
+    others = [
+        row.implementation for row in group.rows if origin(row) != origin(group.ours[0] if group.ours else group.first)
+    ]
     if not others:
         return ""
     return f"{group.first.key[1:]}: {', '.join(others)} measured on other code or versions: measure the case again"

@@ -34,7 +34,19 @@ def bytes_(value: float) -> str:
 def show(rows: Sequence[Row], absent: Mapping[str, str]) -> str:
     """Lines of text: a row for each measurement, then who was absent and why."""
     lines = []
-    header = ("op", "case", "direction", "cache", "implementation", "time", "GB/s", "TFLOP/s", "floor", "peak", "ratios")
+    header = (
+        "op",
+        "case",
+        "direction",
+        "cache",
+        "implementation",
+        "time",
+        "GB/s",
+        "TFLOP/s",
+        "floor",
+        "peak",
+        "ratios",
+    )
     cells = [header, *map(_cells, rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(header))]
     for row in cells:

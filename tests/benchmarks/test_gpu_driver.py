@@ -1,0 +1,110 @@
+"""`make bench-gpu`: what it does without a GPU, and how it stops and goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+DRIVER = ROOT / "benchmarks" / "harness" / "gpu.py"
+
+
+@pytest.mark.slow
+def test_a_dry_run_builds_every_case():
+    """The command as it is typed; make's own --dry-run is what `make bench-gpu --dry` says."""
+    ran = subprocess.run(["make", "bench-gpu", "--dry"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines() if " " in line)
+    for stage in ("kernels", "steps", "engine", "sweeps", "data"):
+        assert " passed" in lines[stage], ran.stdout
+        assert "failed" not in lines[stage], ran.stdout
+
+
+@pytest.mark.slow
+def test_it_runs_without_an_installation_of_vitrail(tmp_path):
+    """No `vitrail` in site-packages, none of what a bare GPU machine lacks: links and a path are enough."""
+    blocker = tmp_path / "sitecustomize.py"
+    blocker.write_text(
+        "import importlib.abc, sys\n"
+        "class Blocker(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('tyro', 'deepspeed', 'lightly', 'liger_kernel') or name == 'nvidia.dali':\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        # An editable installation hooks itself in under a name of its own.
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+    )
+    code = (
+        "import sys; sys.argv = ['gpu.py']; sys.path.insert(0, 'benchmarks/harness')\n"
+        "import gpu; sys.path.insert(0, gpu.link())\n"
+        "import bench, vitrail.kernels, vitrail.engine.methods.mae, vitrail.engine.train.throughput\n"
+        "assert '.links' in vitrail.kernels.__file__, vitrail.kernels.__file__\n"
+        "from bench.peers import absent\n"
+        "import torch\n"
+        "assert 'pip install lightly' in absent('lightly', torch.device('cpu'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line():
+    ran = subprocess.run([sys.executable, str(DRIVER)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stdout.splitlines() == [
+        "error: no CUDA GPU here; --dry builds every case without one, and `make bench` measures on a CPU"
+    ]
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Runs one small benchmark file with some options; returns its outcome lines and its rows."""
+    folder = tmp_path / "rows"
+
+    def run(*options):
+        command = ["benchmarks/kernels/bench_random_masking.py", "-k", "draw and B and not compiled", *options]
+        ran = subprocess.run(
+            [Path(sys.executable).with_name("pytest"), "-q", "-rs", "--rows", str(folder), *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        rows = json.loads((folder / "random_masking.json").read_text()) if folder.exists() else []
+        return ran.stdout, rows
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_second_run_measures_only_what_is_missing(measured):
+    first, rows = measured()
+    assert {row["implementation"] for row in rows} >= {"vitrail", "eager"}
+    assert "passed" in first
+    assert "lightly" in first.split("vitrail ===")[-1]  # the table comes last
+    again, same = measured("--resume")
+    assert same == rows
+    assert "has its row" in again
+    _, newer = measured()
+    assert newer != rows
+
+
+@pytest.mark.slow
+def test_no_case_starts_after_the_time_is_up(measured):
+    output, rows = measured("--seconds", "0")
+    assert rows == []
+    assert "the time is up: run again to go on" in output
+
+
+@pytest.mark.slow
+def test_dry_writes_nothing(measured):
+    output, rows = measured("--dry")
+    assert rows == []
+    assert "passed" in output
