@@ -31,7 +31,7 @@ test: $(STAMP)
 check: $(STAMP) links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p vitrail.kernels -p vitrail.engine -p vitrail.recipes
+	$(BIN)/mypy -p vitrail.kernels -p vitrail.engine -p vitrail.recipes -p bench
 
 # Every benchmark on this machine, beside its peers; rows in benchmarks/results, see benchmarks/README.md.
 bench: $(STAMP)

@@ -1,4 +1,4 @@
-"""LayerNorm of the residual stream as the engine runs it (PyTorch's, in float32), against kernels that could replace it."""
+"""LayerNorm of the residual stream as the engine runs it (PyTorch's, in float32), against what could replace it."""
 
 from functools import partial
 from typing import Any

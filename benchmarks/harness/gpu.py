@@ -2,8 +2,8 @@
 
 First every op is checked on the GPU (float64 truth, 20 bit-identical repeats, graph capture, odd shapes), then ops,
 training steps and the parts of a step are measured, the most important first. When the time is up the rest is left for
-the next call, which passes over what has a row. Needs torch, triton, pytest and pytest-benchmark; no network, no DALI and
-no installation of vitrail. `--dry` builds every case on any machine and measures nothing.
+the next call, which passes over what has a row. Needs torch, triton, pytest and pytest-benchmark; no network, no DALI
+and no installation of vitrail. `--dry` builds every case on any machine and measures nothing.
 
 Rows go to `benchmarks/results/<gpu>/*.json`, the output of each stage to `logs/` beside them; a short table comes last.
 """
@@ -91,7 +91,9 @@ def run(arguments: list[str], log: Path, *, limit: float | None) -> tuple[int, s
         except subprocess.TimeoutExpired:
             output.write(f"\nstopped after {limit:.0f} s\n")
             status = 124
-    lines = [line for line in log.read_text().splitlines() if re.search(r"\d+ (passed|failed|skipped|error)|^stopped", line)]
+    lines = [
+        line for line in log.read_text().splitlines() if re.search(r"\d+ (passed|failed|skipped|error)|^stopped", line)
+    ]
     return status, lines[-1].strip("= ") if lines else "no output"
 
 
@@ -147,7 +149,9 @@ def stages(folder: Path, logs: Path, started: float, *, seconds: float, dry: boo
     for stage in (CHECK, *MEASURE):
         left = min(started + seconds - time.monotonic(), stage.share * seconds)
         if not dry and (left <= 0 or (stage is CHECK and store.has([checked.key]))):
-            print(f"{stage.name:8} passed over: {'the time is up; call again to go on' if left <= 0 else 'has its row'}")
+            print(
+                f"{stage.name:8} passed over: {'the time is up; call again to go on' if left <= 0 else 'has its row'}"
+            )
             continue
         log = logs / f"{stage.name}.log"
         arguments = command(stage, folder, seconds=left, dry=dry)

@@ -33,7 +33,13 @@ class Grid:
 
     def shape(self, batch: int) -> dict[str, int | float | str]:
         """The sizes as a row states them."""
-        return {"batch": batch, "image": 224, "patch": self.patch, "visible": self.keep, "masked": self.length - self.keep}
+        return {
+            "batch": batch,
+            "image": 224,
+            "patch": self.patch,
+            "visible": self.keep,
+            "masked": self.length - self.keep,
+        }
 
 
 GRIDS = (Grid("ViT-H/14", 14, 1280), Grid("ViT-B/16", 16, 768))

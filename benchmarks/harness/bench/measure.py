@@ -99,8 +99,8 @@ def _built(factory: Factory) -> Function:
 def difference(results: Any, expected: Any, allowed: float) -> str | None:
     """What is wrong with results, None if nothing is.
 
-    Integers must be equal. Of floating results the norm of the error over the norm of the truth may be `allowed`, and no
-    element may be off by more than eight times that share of the largest one.
+    Integers must be equal. Of floating results the norm of the error over the norm of the truth may be `allowed`, and
+    no element may be off by more than eight times that share of the largest one.
     """
     got, truth = tensors(results), tensors(expected)
     if len(got) != len(truth):

@@ -83,7 +83,7 @@ class Session:
 
 
 def measures(cases: Callable[[Sizes], Sequence[Case]]) -> Callable[..., None]:
-    """Make the test of a benchmark file: `test_<op> = measures(cases)`.
+    """Make the test of a benchmark file, which calls it `test_<op>`.
 
     Args:
         cases: Returns the cases for a machine's sizes.
@@ -97,7 +97,7 @@ def measures(cases: Callable[[Sizes], Sequence[Case]]) -> Callable[..., None]:
             pytest.skip("has its row")
         if bench.late and (case.op, case.name, direction, cache) not in bench.outcomes:
             pytest.skip("the time is up: run again to go on")
-        outcome = bench.outcome(case, direction, cache, test.suite)  # type: ignore[attr-defined]
+        outcome = bench.outcome(case, direction, cache, test.suite)
         if implementation in outcome.absent:
             bench.absent[implementation] = outcome.absent[implementation]
             pytest.skip(outcome.absent[implementation])
@@ -109,7 +109,7 @@ def measures(cases: Callable[[Sizes], Sequence[Case]]) -> Callable[..., None]:
             return
         publish(benchmark, outcome.samples[implementation], outcome.rows[implementation])
 
-    test.cases = cases  # type: ignore[attr-defined]
+    test.cases = cases
     return test
 
 

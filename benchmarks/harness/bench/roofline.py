@@ -45,11 +45,8 @@ def measured(device: torch.device) -> tuple[Roofline, tuple[Row, ...]]:
         The constants, and the rows that document them.
     """
     size = COPY_BYTES[device.type]
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = _time(lambda: target.copy_(source), device)
+    copied = _copies(size, device)
     rows = [_row("copy", {"bytes": size}, torch.uint8, copied, nbytes=2 * size)]
-    del source, target
     matrix = {}
     for dtype in DTYPES[device.type]:
         side = SIDE[device.type] // (2 if dtype == torch.float32 else 1)
@@ -60,6 +57,12 @@ def measured(device: torch.device) -> tuple[Roofline, tuple[Row, ...]]:
         matrix[dtype] = 2 * side**3 / statistics.median(samples)
         rows.append(_row("matrix product", {"side": side}, dtype, samples, flops=2.0 * side**3))
     return Roofline(2 * size / statistics.median(copied), matrix), tuple(rows)
+
+
+def _copies(size: int, device: torch.device) -> list[float]:
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return _time(lambda: target.copy_(source), device)
 
 
 def _time(call: Callable[[], Any], device: torch.device) -> list[float]:
