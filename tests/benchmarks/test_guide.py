@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import vitrail.kernels
 from bench import Sizes, measure
-from bench.case import Case
 from bench.rows import Row
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -39,18 +38,3 @@ def test_the_fields_that_the_guide_names_exist():
     named = set(re.findall(r"`([a-z_]+)`", section))
     assert named <= {field.name for field in fields(Row)}
     assert {"median_s", "peak_bytes", "speed_over", "absent"} <= named
-
-
-def test_bytes_name_the_directions():
-    case = Case(
-        op="a",
-        name="b",
-        shape={},
-        dtype=torch.float32,
-        inputs=lambda device: {},
-        truth=lambda: None,
-        implementations={},
-        bytes={"forward": 1},
-        flops={},
-    )
-    assert case.directions == ("forward",)
