@@ -5,9 +5,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-import vitrail.kernels
 from bench import Sizes, measure
 from bench.rows import Row
+
+import vitrail.kernels
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GUIDE = (BENCHMARKS / "README.md").read_text()
