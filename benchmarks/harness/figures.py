@@ -82,7 +82,7 @@ def _pictures(folder: Path, machines: Sequence[Machine], drawn: Mapping[str, lis
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something would change")
     parser.add_argument(
         "--root", type=Path, default=ROOT, help="another copy of README.md, docs/ and benchmarks/results/"

@@ -57,7 +57,7 @@ CHARTS = (
     Chart("kernels-roofline", f"Ops: {ROOFLINE}", "kernels", (), plots.roofline),
     Chart("engine", f"Parts of the engine: {FASTER}", "engine", (), plots.ratios),
     Chart("engine-roofline", f"Parts of the engine: {ROOFLINE}", "engine", (), plots.roofline),
-    Chart("loader", "Loaders: images per second and core", "data", ("loader",), plots.loaders),
+    Chart("loader", "Loaders: images per second and core (grey: torchvision)", "data", ("loader",), plots.loaders),
 )
 
 

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from .report import (
     GENERATED,
+    NO_GPU,
     NOTHING,
     PICTURES,
     SUITES,
     against,
     images_per_second,
+    over,
     peak,
     place,
     provenance,
@@ -32,7 +34,10 @@ matrix products over its matrix rate, both measured in the same run; data that s
 is what a call held beyond its inputs, or for a step what its process held. Every figure is one of a row in
 `benchmarks/results/<machine>/<op>.json`, found by case, dtype, direction, cache and implementation."""
 IDENTITY = ("case", "dtype", "direction", "cache", "implementation")
-ENVIRONMENT = ("device", "driver", "threads", "python", "torch", "triton", "peers", "commit")
+ENVIRONMENT = ("device", "driver", "threads", "settings", "python", "torch", "triton", "peers", "commit")
+
+
+USUAL = "torchvision"  # what loaders are compared with
 
 
 def page(machines: Sequence[Machine], charts: dict[str, list[str]]) -> str:
@@ -48,7 +53,7 @@ def page(machines: Sequence[Machine], charts: dict[str, list[str]]) -> str:
     if not machines:
         parts.append(NOTHING)
     if not any(machine.gpu for machine in machines):
-        parts.append("No GPU has been measured yet.")
+        parts.append(NO_GPU)
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,12 +127,12 @@ def _kernels(found: Sequence[Group]) -> str:
 
 
 def _loaders(found: Sequence[Group]) -> str:
-    header = [*IDENTITY, "time", "images/s", "per core", "vitrail over it"]
+    header = [*IDENTITY, "time", "images/s", "per core", f"over {USUAL}"]
     lines = []
     for group in found:
         for row in group.rows:
             rates = [images_per_second(row), _of(row.extra.get("images_per_s_per_core"))]
-            lines.append([*_identity(row), _time(row), *rates, against(group, row)])
+            lines.append([*_identity(row), _time(row), *rates, over(row, USUAL)])
     return table(header, lines)
 
 

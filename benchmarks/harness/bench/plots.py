@@ -167,8 +167,9 @@ def costs(rows: list[Row]) -> Figure | None:
 
 
 def loaders(rows: list[Row]) -> Figure | None:
-    """A bar for every loader."""
-    shown = [group for group in groups(rows) if any(_rate(row) for row in group.rows)]
+    """A bar for every loader; single operations are too fast to stand beside them."""
+    whole = [group for group in groups(rows) if not group.first.case.endswith(" alone")]
+    shown = [group for group in whole if any(_rate(row) for row in group.rows)]
     if not shown:
         return None
     figure = Figure(figsize=(7.6, 0.2 * sum(len(group.rows) + 1.4 for group in shown) + 1.1))
@@ -181,7 +182,7 @@ def loaders(rows: list[Row]) -> Figure | None:
             if rate := _rate(row):
                 at += 1
                 ticks[at] = row.implementation
-                axis.barh(at, rate, height=0.72, color=BLUE if is_ours(row.implementation) else "#999999")
+                axis.barh(at, rate, height=0.72, color="#999999" if row.implementation == "torchvision" else BLUE)
                 if row.median_s and row.quantiles_s:
                     low, high = (rate * row.median_s / value for value in reversed(row.quantiles_s))
                     axis.errorbar(

@@ -10,14 +10,14 @@ from .table import bytes_, number, seconds
 PICTURES = "images/benchmarks"  # under docs/
 PAGE = "docs/benchmarks.md"
 SUITES = {"kernels": "ops", "engine": "parts of the engine", "steps": "whole training steps", "data": "loaders"}
-GENERATED = "<!-- Written from benchmarks/results by `python benchmarks/harness/figures.py`: do not edit. -->"
+GENERATED = "<!-- Written from benchmarks/results by `make figures`: do not edit. -->"
 NOTHING = (
-    "Nothing has been measured on this code yet. `pytest benchmarks` writes rows to `benchmarks/results/<machine>`,\n"
-    "and `python benchmarks/harness/figures.py` writes this section from them."
+    "Nothing has been measured on this code yet. `make bench` writes rows to `benchmarks/results/<machine>`, and\n"
+    "`make figures` writes what they say."
 )
 NO_GPU = (
-    "No figure of a GPU is given, because none has been measured yet. On one, `pytest benchmarks` and\n"
-    "`python benchmarks/harness/figures.py` add them here."
+    "No figure of a GPU is given, because none has been measured yet: `make bench-gpu` writes the rows of one, and\n"
+    "`make figures` adds them."
 )
 
 
@@ -64,8 +64,7 @@ def folded(header: Sequence[str], rows: Sequence[Sequence[str]], foldable: Seque
 def provenance(machine: Machine) -> str:
     """When, at which commits, and with which command the rows were made."""
     commits = ", ".join(f"`{commit[:10]}`" for commit in machine.known("commit"))
-    folders = " ".join(f"benchmarks/{suite}" for suite in suites(machine.rows))
-    return f"measured {machine.dates} at {commits} with `pytest {folders}`"
+    return f"measured {machine.dates} at {commits} with `make {'bench-gpu' if machine.gpu else 'bench'}`"
 
 
 def suites(rows: Iterable[Row]) -> list[str]:
@@ -86,7 +85,7 @@ def step_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for row in group.rows:
             first = row.extra.get("first_step_s")
             line = [row.case, row.dtype, row.direction, row.cache, row.implementation, images_per_second(row)]
-            line += [_against(by_name.get(name), row) for name in ours]
+            line += [over(by_name.get(name), row.implementation) for name in ours]
             line += [peak(row), "" if first is None else seconds(first)]
             lines.append([*line, share(row.extra.get("mfu"))] if utilised else line)
     return [*header, "MFU"] if utilised else header, lines
@@ -108,18 +107,18 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{number(100 * value)} %"
 
 
-def _against(ours: Row | None, row: Row) -> str:
-    """Our row over another, with its spread; empty where they were not timed together."""
-    one = None if ours is None or ours is row else compare(ours, row.implementation)
+def over(row: Row | None, other: str) -> str:
+    """A row over another implementation, with the spread; empty where they were not timed together."""
+    one = None if row is None else compare(row, other)
     if one is None:
         return ""
     text = f"{number(one.ratio)}× ({number(one.low)}–{number(one.high)})"
-    return f"slower than {one.peer}: {text}" if one.slower else text
+    return f"slower than {other}: {text}" if one.slower else text
 
 
 def against(group: Group, row: Row) -> str:
     """Vitrail's row of a group over another one."""
-    return _against(group.ours[0] if group.ours else None, row)
+    return over(group.ours[0] if group.ours else None, row.implementation)
 
 
 def worst(found: Sequence[Group]) -> Comparison | None:
@@ -143,13 +142,13 @@ def _machine(machine: Machine, charts: Sequence[str]) -> list[str]:
         sizes = ", ".join(filter(None, [_sizes(steps), common]))
         parts += [
             wrapped(
-                f"A whole MAE training step ({sizes}). A ratio is the time of the implementation over ours, as the median "
-                "over turns and its quantiles 0.2 and 0.8."
+                f"A whole MAE training step ({sizes}). A ratio is the time of the implementation over ours, "
+                "as the median over turns and its quantiles 0.2 and 0.8."
             ),
             lines,
         ]
     parts += [_picture(machine, name) for name in ("batch",) if name in charts]
-    if ops := groups(headline([row for row in rows if row.suite in ("kernels", "engine")])):
+    if ops := groups(headline([row for row in rows if row.suite in ("kernels", "engine") and row.median_s])):
         parts += _ops(ops)
         parts += [_picture(machine, name) for name in ("kernels",) if name in charts]
     parts.append(_missing(machine))
@@ -180,8 +179,8 @@ def _ops(found: Sequence[Group]) -> list[str]:
     common, ops = folded(header, lines, ("dtype", "cache"))
     return [
         wrapped(
-            f"Each op, as the time of the other implementation over vitrail's{f' ({common})' if common else ''}, by medians. "
-            f"Vitrail is slower in {slower} of {count} comparisons."
+            f"Each op, as the time of the other implementation over vitrail's{f' ({common})' if common else ''}, "
+            f"by medians. Vitrail is slower in {slower} of {count} comparisons."
         ),
         ops,
         "The lowest ratio of each op, with its quantiles 0.2 and 0.8:",

@@ -77,7 +77,7 @@ class Machine:
 
     def known(self, name: str) -> list[str]:
         """The values that an entry of the rows' environments takes."""
-        return sorted({str(row.environment[name]) for row in self.rows if name in row.environment})
+        return sorted({_text(row.environment[name]) for row in self.rows if name in row.environment})
 
     @property
     def title(self) -> str:
@@ -97,6 +97,11 @@ class Machine:
         reasons = {name: why for row in self.rows for name, why in row.absent.items()}
         present = {row.implementation for row in self.rows}
         return {name: reasons[name] for name in sorted(reasons) if name not in present}
+
+
+def _text(value: Any) -> str:
+    """An entry of an environment: `2.15`, or of a dictionary `timm 1.0, transformers 5.23`."""
+    return ", ".join(f"{name} {of}" for name, of in value.items()) if isinstance(value, dict) else str(value)
 
 
 def is_ours(implementation: str) -> bool:
@@ -156,25 +161,27 @@ def untraceable(
         digest_of: The fingerprint of a commit's sources.
 
     Returns:
-        A message for each such row.
+        Messages that name the rows, what is wrong and what to do; rows of a file with the same fault share one.
     """
-    found = []
+    found: dict[tuple[str, str], list[str]] = {}
     for machine in machines:
         for row in machine.rows:
-            commit, code = str(row.environment.get("commit")), row.environment.get("code")
-            if not known(commit):
-                fault = f"its commit {commit} is not in this history"
-            elif digest_of(commit) != code:
-                fault = f"it was measured on sources {code}, but commit {commit[:10]} has {digest_of(commit)}"
-            else:
-                continue
-            found.append(f"{machine.name}/{row.op}.json: {row.key[1:]}: {fault}: measure again on committed code")
-        found += [
-            f"{machine.name}/{group.first.op}.json: {fault}"
-            for group in groups(machine.rows)
-            if (fault := _mixed(group))
-        ]
-    return found
+            if fault := _fault(row, known, digest_of):
+                found.setdefault((f"{machine.name}/{row.op}.json", fault), []).append(", ".join(row.key[1:]))
+        for group in groups(machine.rows):
+            if fault := _mixed(group):
+                found.setdefault((f"{machine.name}/{group.first.op}.json", fault), []).append(group.first.case)
+    return [f"{file}: {'; '.join(rows)}: {fault}" for (file, fault), rows in found.items()]
+
+
+def _fault(row: Row, known: Callable[[str], bool], digest_of: Callable[[str], str | None]) -> str:
+    """Why a row does not lead to its code, empty if it does."""
+    commit, code = str(row.environment.get("commit")), row.environment.get("code")
+    if not known(commit):
+        return f"commit {commit} is not in this history: measure again on committed code"
+    if (expected := digest_of(commit)) != code:
+        return f"measured on sources {code}, but commit {commit[:10]} has {expected}: measure again on committed code"
+    return ""
 
 
 def _mixed(group: Group) -> str:
@@ -183,9 +190,8 @@ def _mixed(group: Group) -> str:
     def origin(row: Row) -> tuple[Any, ...]:
         return tuple(row.environment.get(name) for name in ("code", "device", "torch", "threads"))
 
-    others = [
-        row.implementation for row in group.rows if origin(row) != origin(group.ours[0] if group.ours else group.first)
-    ]
+    reference = origin((group.ours or group.rows)[0])
+    others = [row.implementation for row in group.rows if origin(row) != reference]
     if not others:
         return ""
-    return f"{group.first.key[1:]}: {', '.join(others)} measured on other code or versions: measure the case again"
+    return f"{', '.join(others)} measured on other code or versions than the rest: measure the case again"
