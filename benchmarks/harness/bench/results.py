@@ -77,7 +77,7 @@ class Machine:
 
     def known(self, name: str) -> list[str]:
         """The values that an entry of the rows' environments takes."""
-        return sorted({_text(row.environment[name]) for row in self.rows if name in row.environment})
+        return sorted({_text(row.environment[name]) for row in self.rows if row.environment.get(name)})
 
     @property
     def title(self) -> str:
@@ -138,6 +138,23 @@ def headline(rows: Sequence[Row]) -> list[Row]:
     """Without the rows of a hot cache where there are those of a cold one: training finds its data cold."""
     cold = {(row.op, row.case, row.dtype, row.direction) for row in rows if row.cache == "cold"}
     return [row for row in rows if row.cache == "cold" or (row.op, row.case, row.dtype, row.direction) not in cold]
+
+
+def no_history() -> str | None:
+    """Why rows cannot be traced to commits here, None if they can."""
+    asked = subprocess.run(
+        ["git", "rev-parse", "--show-toplevel", "--is-shallow-repository"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if asked.returncode != 0:
+        return f"no git history: {asked.stderr.strip()}"
+    folder, shallow = asked.stdout.split("\n")[:2]
+    if Path(folder).resolve() != ROOT:
+        return f"no git history: {ROOT} only lies within another repository"
+    return "a shallow clone: git fetch --unshallow brings the rest" if shallow == "true" else None
 
 
 def in_history(commit: str) -> bool:
