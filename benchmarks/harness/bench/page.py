@@ -9,6 +9,7 @@ from .report import (
     PICTURES,
     SUITES,
     against,
+    failure,
     images_per_second,
     over,
     peak,
@@ -112,8 +113,10 @@ def _step_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     header, lines = step_lines(rows)
     at = header.index("images/s")
     ordered = [row for group in groups(rows) for row in group.rows]
-    timed = [[*line[:at], _time(row), *line[at:]] for line, row in zip(lines, ordered, strict=True)]
-    return [*header[:at], "time", *header[at:]], timed
+    timed = [
+        [*line[:at], _time(row), share(row.roofline), *line[at:]] for line, row in zip(lines, ordered, strict=True)
+    ]
+    return [*header[:at], "time", "of the floor", *header[at:]], timed
 
 
 def _kernels(found: Sequence[Group]) -> str:
@@ -142,7 +145,7 @@ def _identity(row: Row) -> list[str]:
 
 def _time(row: Row) -> str:
     if row.median_s is None:
-        return row.outcome
+        return failure(row) or row.outcome
     if row.quantiles_s is None:
         return seconds(row.median_s)
     return f"{seconds(row.median_s)} ({seconds(row.quantiles_s[0])}–{seconds(row.quantiles_s[1])})"

@@ -53,7 +53,7 @@ def ratios(rows: list[Row]) -> Figure | None:
         return None
     parts = _columns(shown, lambda group: len(group.comparisons) + 1.4)
     height = max(sum(len(group.comparisons) + 1.4 for group in part) for part in parts)
-    figure = Figure(figsize=(4.6 * max(len(parts), 1.6), 0.165 * height + 1.1))
+    figure = Figure(figsize=(4.6 * max(len(parts), 1.6), max(0.165 * height + 1.1, 2.0)))
     values = [edge for group in shown for one in group.comparisons for edge in (one.low, one.high, one.ratio)]
     low, high = min(0.8, *values) / 1.1, max(1.5, *values) * 1.1
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
@@ -99,7 +99,7 @@ def roofline(rows: list[Row]) -> Figure | None:
     if not shown:
         return None
     style = styles(rows)
-    figure = Figure(figsize=(8.4, 0.2 * len(shown) + 1.2))
+    figure = Figure(figsize=(8.4, max(0.2 * len(shown) + 1.2, 2.2)))
     axis = figure.subplots()
     for at, group in enumerate(shown):
         # Ours last, so that nobody covers it.
@@ -128,11 +128,15 @@ def batches(rows: list[Row]) -> Figure | None:
     for (family, members), (memory, speed) in zip(families.items(), grid, strict=True):
         _curves(memory, members, style, "batch", lambda row: row.peak_bytes and row.peak_bytes / 2**30)
         _curves(speed, members, style, "batch", lambda row: row.extra.get("images_per_s"))
+        sizes = sorted({_size(row, "batch") for row in members})
+        # A limit that was set, and by which somebody failed.
+        for limit in sorted({row.extra.get("limit_bytes", 0) for row in members if row.outcome != "ok"} - {0}):
+            memory.axhline(limit / 2**30, color="#555555", linestyle=":", linewidth=1)
+            memory.text(sizes[0], limit / 2**30, "limit", va="bottom", color="#555555")
         memory.set(title=family, xlabel="batch", ylabel="peak memory, GiB", ylim=(0, None))
         speed.set(title=family, xlabel="batch", ylabel="images/s", ylim=(0, None))
         for axis in (memory, speed):
             axis.set_xscale("log", base=2)
-            sizes = sorted({_size(row, "batch") for row in members})
             axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
             axis.xaxis.set_minor_locator(NullLocator())
             _failures(axis, members, style)
@@ -143,10 +147,10 @@ def batches(rows: list[Row]) -> Figure | None:
 def costs(rows: list[Row]) -> Figure | None:
     """Time for an image against the number of patches at one mask ratio, and against the mask ratio at one size."""
     panels = []
-    for family, members in _families([row for row in rows if {"image", "mask_ratio"} <= row.shape.keys()]).items():
-        for variable, fixed in (("image", "mask_ratio"), ("mask_ratio", "image")):
+    for family, members in _families([row for row in rows if {"visible", "masked"} <= row.shape.keys()]).items():
+        for variable, fixed in (("patches", "mask ratio"), ("mask ratio", "patches")):
             chosen = _sweep(members, variable, fixed)
-            if len({row.shape[variable] for row in chosen}) > 1:
+            if len({_size(row, variable) for row in chosen}) > 1:
                 panels.append((family, variable, fixed, chosen))
     if not panels:
         return None
@@ -155,12 +159,9 @@ def costs(rows: list[Row]) -> Figure | None:
     axes = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).flat
     for axis, (family, variable, fixed, chosen) in zip(axes, panels, strict=False):
         _curves(axis, chosen, style, variable, _milliseconds_per_image)
-        label = {
-            "image": "patches of an image" if _patch(chosen[0]) else "side of an image",
-            "mask_ratio": "mask ratio",
-        }
-        title = f"{family}, {fixed.replace('_', ' ')} {chosen[0].shape[fixed]}"
-        axis.set(title=title, xlabel=label[variable], ylabel="ms for an image", ylim=(0, None))
+        axis.set_xticks(sorted({_size(row, variable) for row in chosen}))
+        title = f"{family}, {fixed} {_size(chosen[0], fixed):g}"
+        axis.set(title=title, xlabel=f"{variable} of an image", ylabel="ms for an image", ylim=(0, None))
         _failures(axis, chosen, style, variable)
     _legend(figure, style, outcomes=sorted({row.outcome for row in rows} - {"ok"}))
     return figure
@@ -233,13 +234,11 @@ def _logarithmic(axis: Any, low: float, high: float, unit: str = "×") -> None:
 
 
 def _size(row: Row, name: str) -> float:
-    return float(row.shape[name])
-
-
-def _patch(row: Row) -> int:
-    """The side of a patch, 0 where the row does not say."""
-    named = re.search(r"/(\d+)", row.case)
-    return int(row.shape.get("patch", named.group(1) if named else 0))
+    """A size of a row: one of its shape, the `patches` of an image, or the `mask ratio`."""
+    if name in row.shape:
+        return float(row.shape[name])
+    visible, masked = (float(row.shape[part]) for part in ("visible", "masked"))
+    return visible + masked if name == "patches" else round(masked / (visible + masked), 2)
 
 
 def _milliseconds_per_image(row: Row) -> float | None:
@@ -257,21 +256,16 @@ def _families(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _sweep(rows: Sequence[Row], variable: str, fixed: str) -> list[Row]:
     """Rows at that value of `fixed` at which `variable` takes most values."""
-    values: dict[Any, set[Any]] = {}
+    values: dict[float, set[float]] = {}
     for row in rows:
-        values.setdefault(row.shape[fixed], set()).add(row.shape[variable])
-    chosen = max(values, key=lambda value: (len(values[value]), float(value)))
-    return [row for row in rows if row.shape[fixed] == chosen]
-
-
-def _abscissa(row: Row, variable: str) -> float:
-    patch = _patch(row)
-    return (_size(row, variable) // patch) ** 2 if variable == "image" and patch else _size(row, variable)
+        values.setdefault(_size(row, fixed), set()).add(_size(row, variable))
+    chosen = max(values, key=lambda value: (len(values[value]), value))
+    return [row for row in rows if _size(row, fixed) == chosen]
 
 
 def _curves(axis: Any, rows: list[Row], style: dict[str, Any], variable: str, y: Callable[[Row], Any]) -> None:
     for name in style:
-        points = sorted((_abscissa(row, variable), y(row)) for row in rows if row.implementation == name and y(row))
+        points = sorted((_size(row, variable), y(row)) for row in rows if row.implementation == name and y(row))
         if points:
             axis.plot(*zip(*points, strict=True), **style[name], linewidth=1.6, markersize=5)
 
@@ -280,7 +274,7 @@ def _failures(axis: Any, rows: list[Row], style: dict[str, Any], variable: str =
     """A cross at the top for every row without figures, those of one implementation at one height."""
     failed = [row for row in rows if row.outcome != "ok"]
     for index, name in enumerate(sorted({row.implementation for row in failed})):
-        places = [_abscissa(row, variable) for row in failed if row.implementation == name]
+        places = [_size(row, variable) for row in failed if row.implementation == name]
         heights = [0.97 - 0.07 * index] * len(places)
         look = {"marker": "x", "markersize": 8, "markeredgewidth": 2, "linestyle": "", "color": style[name]["color"]}
         axis.plot(places, heights, transform=axis.get_xaxis_transform(), clip_on=False, **look)

@@ -94,7 +94,13 @@ def step_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def images_per_second(row: Row) -> str:
     """The rate of a step or a loader, or why there is none."""
     rate = row.extra.get("images_per_s")
-    return (row.outcome if row.outcome != "ok" else "") if rate is None else number(rate)
+    return number(rate) if rate is not None else failure(row)
+
+
+def failure(row: Row) -> str:
+    """Why a row has no figures, empty if it has."""
+    limit = row.extra.get("limit_bytes")
+    return "" if row.outcome == "ok" else f"{row.outcome} (limit {bytes_(limit)})" if limit else row.outcome
 
 
 def peak(row: Row) -> str:

@@ -211,4 +211,6 @@ def _mixed(group: Group) -> str:
     others = [row.implementation for row in group.rows if origin(row) != reference]
     if not others:
         return ""
-    return f"{', '.join(others)} measured on other code or versions than the rest: measure the case again"
+    return (
+        f"{', '.join(others)} measured on other code or versions than the rest: measure the case again or delete them"
+    )
