@@ -263,10 +263,8 @@ def test_a_case_measured_half_on_other_code_is_noticed():
     (found,) = untraceable(
         [Machine("cpu", rows)], lambda commit: True, lambda commit: commit.translate({97: 99, 98: 100})[:16]
     )
-    assert (
-        found
-        == "cpu/gather.json: ViT-B/16: eager measured on other code or versions than the rest: measure the case again or delete them"
-    )
+    assert found.startswith("cpu/gather.json: ViT-B/16: eager measured on other code or versions than the rest: ")
+    assert found.endswith("measure the case again or delete them")
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------
