@@ -66,6 +66,8 @@ def test_the_fingerprint_ignores_what_is_no_source(tree, name):
 def test_the_fingerprint_knows_where_a_file_ends():
     one = environment.digest([("kernels/a.py", b"xy"), ("kernels/b.py", b"z")])
     assert one != environment.digest([("kernels/a.py", b"x"), ("kernels/b.py", b"yz")])
+    assert one != environment.digest([("kernels/a.py", b"xykernels/b.pyz")])
+    assert one != environment.digest([("kernels/a.py", b"xykernels/b.py\0z")])
     assert one == environment.digest([("kernels/b.py", b"z"), ("kernels/a.py", b"xy")])
 
 
