@@ -39,7 +39,13 @@ def git(tree: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("kernels/a.py", "a = 2\n"), ("csrc/new.cu", ""), ("engine/data/b.py", None), ("benchmarks/harness/c.py", "c\n")],
+    [
+        ("kernels/a.py", "a = 2\n"),
+        ("csrc/new.cu", ""),
+        ("engine/data/b.py", None),
+        ("benchmarks/harness/c.py", "c\n"),
+        ("kernels/op/configs/h200.json", "{}"),
+    ],
 )
 def test_the_fingerprint_changes_with_the_sources(tree, name, content):
     before = fingerprint()

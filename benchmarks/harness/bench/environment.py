@@ -21,7 +21,16 @@ COMMIT = "VITRAIL_COMMIT"  # names the commit where the code travelled without i
 CODE = ("kernels", "engine", "csrc", "recipes", "benchmarks")
 SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h")
 SETTINGS = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "VITRAIL_IMPL", "VITRAIL_CONFIGS")
-PEERS = ("transformers", "timm", "lightly", "liger-kernel", "deepspeed", "xformers", "torchvision", "nvidia-dali-cuda130")
+PEERS = (
+    "transformers",
+    "timm",
+    "lightly",
+    "liger-kernel",
+    "deepspeed",
+    "xformers",
+    "torchvision",
+    "nvidia-dali-cuda130",
+)
 
 
 def device() -> torch.device:
@@ -69,6 +78,13 @@ def commit() -> str:
     return asked.stdout.strip() if asked.returncode == 0 else "unknown"
 
 
+def is_source(name: str) -> bool:
+    """Whether a file, named from the root, decides what is computed or how it is launched."""
+    if name.split("/")[0] not in CODE or "/__pycache__/" in name:
+        return False
+    return name.endswith(SUFFIXES) or ("/configs/" in name and name.endswith(".json"))
+
+
 def digest(files: Iterable[tuple[str, bytes]]) -> str:
     """A fingerprint of source files, given by name and content; others are passed over.
 
@@ -76,7 +92,7 @@ def digest(files: Iterable[tuple[str, bytes]]) -> str:
     """
     total = hashlib.sha256()
     for name, content in sorted(files):
-        if name.split("/")[0] in CODE and name.endswith(SUFFIXES):
+        if is_source(name):
             total.update(f"{name}\0{len(content)}\0".encode() + content)
     return total.hexdigest()[:16]
 
@@ -98,12 +114,8 @@ def digest_of(revision: str) -> str | None:
 
 def _sources() -> list[Path]:
     """The source files of the working tree, as git would list them: neither caches nor results."""
-    return [
-        path
-        for folder in CODE
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in SUFFIXES and path.is_file() and "__pycache__" not in path.parts
-    ]
+    paths = (path for folder in CODE for path in (ROOT / folder).rglob("*") if path.is_file())
+    return [path for path in paths if is_source(path.relative_to(ROOT).as_posix())]
 
 
 def _processor() -> str:
@@ -113,6 +125,9 @@ def _processor() -> str:
 
 def _driver() -> str | None:
     asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return asked.stdout.splitlines()[0].strip() if asked.returncode == 0 else None
