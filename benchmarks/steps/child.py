@@ -9,6 +9,7 @@ needs normalised before. `bench/steps.py` starts these processes in turns and ma
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from vitrail.engine.interop.mae import from_hf, load_exactly
 from vitrail.engine.methods.mae import MAE, MAEConfig
-from vitrail.engine.models.vit import IMAGENET_MEAN, IMAGENET_STD, ViTConfig, vit_base, vit_huge, vit_large, vit_small
+from vitrail.engine.models.vit import IMAGENET_MEAN, IMAGENET_STD, vit_base, vit_huge, vit_large, vit_small
 from vitrail.engine.train.throughput import peak_memory
 
 MODELS = {"small": vit_small, "base": vit_base, "large": vit_large, "huge": vit_huge}
@@ -69,8 +70,8 @@ def measure(work: Work) -> dict[str, Any]:
     """Run the steps here.
 
     Returns:
-        `loss` of the first step, `seconds` of each timed one, `first_step_s` (compilation included), `peak_bytes` of the
-        process while it trains, `step_bytes` (what the steps added to model and images), `flops` of a step.
+        `loss` of the first step, `seconds` of each timed one, `first_step_s` (compilation included), `peak_bytes` of
+        the process while it trains, `step_bytes` (what the steps added to model and images), `flops` of a step.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device(device):  # a GPU initialises large models in no time
@@ -118,13 +119,19 @@ def skeleton(config: MAEConfig) -> MAE:
         return MAE(config)
 
 
-def transformers_model(config: MAEConfig) -> nn.Module:
-    """Transformers' ViTMAE of the same size."""
+def transformers_classes() -> tuple[Callable[..., Any], Callable[..., nn.Module]]:
+    """Configuration and model."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    encoder: ViTConfig = config.encoder
-    return ViTMAEForPreTraining(
-        ViTMAEConfig(
+    return ViTMAEConfig, ViTMAEForPreTraining
+
+
+def transformers_model(config: MAEConfig) -> nn.Module:
+    """Transformers' ViTMAE of the same size."""
+    settings, model = transformers_classes()
+    encoder = config.encoder
+    return model(
+        settings(
             image_size=encoder.image_size,
             patch_size=encoder.patch_size,
             hidden_size=encoder.width,
@@ -196,18 +203,21 @@ def forget_peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     ctypes.CDLL(None).malloc_trim(0)
-    try:
+    # Some containers forbid it; the peak of building then counts, for all implementations alike.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # some containers forbid it; the peak of building then counts, for all implementations alike
-        pass
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def restrict(limit: int) -> None:
-    """Make allocations beyond `limit` bytes of data fail, where a machine without memory would kill the process."""
+    """Make allocations beyond `limit` bytes of data fail, where a machine without memory would kill the process.
+
+    Libraries are loaded and threads started before: neither says in a recognisable way that it lacks memory.
+    """
+    transformers_classes()
     square = torch.ones(256, 256)
-    square @ square  # starts the threads: OpenMP ends the process where it cannot
+    torch.mm(square, square)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 

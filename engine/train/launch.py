@@ -6,8 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-import tyro
-
 from ..data import DataError, Source, open_source
 from .config import ConfigError, RunConfig
 from .demo import shrink
@@ -42,6 +40,8 @@ def parse(recipe: Callable[[], RunConfig], argv: Sequence[str]) -> tuple[RunConf
     Raises:
         ConfigError: there are no images to train on.
     """
+    import tyro  # here, so that the rest of this package serves where nobody parses a command line
+
     demo = "--demo" in argv
     flags = [flag for flag in argv if flag != "--demo" and not flag.startswith(("--local_rank=", "--local-rank="))]
     default = shrink(recipe()) if demo else recipe()

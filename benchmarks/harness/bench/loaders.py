@@ -25,7 +25,7 @@ from vitrail.engine.data.cache import available_threads
 
 from . import peers
 from .measure import Outcome
-from .plugin import TAPE, Session, publish
+from .plugin import TAPE, Session, conclude
 from .rows import Key, Row, quantiles, ratios
 
 HEIGHT, WIDTH = 375, 500  # pixels; the commonest size of ImageNet's photographs
@@ -310,26 +310,13 @@ def measures(cases: Sequence[LoaderCase]) -> Callable[..., None]:
     @pytest.mark.parametrize(("case", "implementation"), tests)
     def test(benchmark: Any, bench: Session, photos: Photos, case: LoaderCase, implementation: str) -> None:
         benchmark.group = " ".join(case.cell)
-        reason = peers.absent(implementation, bench.device)
-        if reason is not None:  # before anything is measured: who has no row would have the others measured again
-            bench.absent[implementation] = reason
-            pytest.skip(reason)
-        if bench.resume and bench.store.has([case.key(implementation)]):
-            pytest.skip("has its row")
-        if case.cell not in bench.outcomes:
-            if bench.late:
-                pytest.skip("the time is up: run again to go on")
-            batch = DRY_BATCH if bench.dry else BATCH[bench.device.type]
-            job = Job(photos=photos, batch=batch, workers=available_threads(), device=bench.device)
-            bench.outcomes[case.cell] = measure(case, job, dry=bench.dry)
-            bench.put(list(bench.outcomes[case.cell].rows.values()))
-        outcome = bench.outcomes[case.cell]
-        if implementation in outcome.failed:
-            pytest.fail(f"no row: {outcome.failed[implementation]}", pytrace=False)
-        if bench.dry:
-            benchmark.disabled = True
-            benchmark.pedantic(lambda: None)  # or it warns that it was not used
-            return
-        publish(benchmark, outcome.samples[implementation], outcome.rows[implementation])
+        job = Job(
+            photos=photos,
+            batch=DRY_BATCH if bench.dry else BATCH[bench.device.type],
+            workers=available_threads(),
+            device=bench.device,
+        )
+        done = bench.has(case.key(implementation))
+        conclude(benchmark, bench, implementation, case.cell, lambda: measure(case, job, dry=bench.dry), done=done)
 
     return test

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from . import environment, roofline
+from . import environment, peers, roofline
 from .case import Case, Sizes, dtype_name
 from .measure import Outcome, caches, measure, prepare
-from .rows import Row, Store
+from .rows import Key, Row, Store
 from .table import show
 
 BATCH = {"cuda": 256, "cpu": 16}
 DRY_BATCH = 2
+LATE = "the time is up: run again to go on"
 
 
 class Tape:
@@ -51,7 +52,7 @@ class Session:
     resume: bool
     deadline: float | None
     store: Store
-    written: list[Row] = field(default_factory=list)
+    written: dict[Key, Row] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     outcomes: dict[tuple[Any, ...], Outcome] = field(default_factory=dict)
 
@@ -60,26 +61,63 @@ class Session:
         """Whether the time that was given is over."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
+    def has(self, key: Key) -> bool:
+        """Whether this run goes on with an earlier one that wrote the row."""
+        return self.resume and self.store.has([key])
+
     def put(self, rows: Sequence[Row]) -> None:
-        """Write rows, and keep them for the table at the end."""
+        """Write rows, the first that are held to the machine's limits together with these limits."""
+        if any(row.floor_s is not None for row in rows) and all(key[0] != "roofline" for key in self.written):
+            rows = [*roofline.measured(self.device)[1], *rows]
         self.store.put(rows)
-        self.written.extend(rows)
+        self.written.update((row.key, row) for row in rows)
         for row in rows:
             self.absent.update(row.absent)
 
-    def outcome(self, case: Case, direction: str, cache: str, suite: str) -> Outcome:
-        """The outcome of a case: measured when the first of its tests asks, and written at once."""
-        key = (case.op, case.name, direction, cache)
-        if key not in self.outcomes:
-            if self.dry:
-                outcome, functions = prepare(case, direction, self.device)
-                outcome.samples = {name: [] for name in functions}
-            else:
-                self.put(roofline.measured(self.device)[1] if not self.written else ())
-                outcome = measure(case, direction, cache, suite, self.device)
-                self.put(list(outcome.rows.values()))
-            self.outcomes[key] = outcome
-        return self.outcomes[key]
+
+def conclude(
+    benchmark: Any,
+    bench: Session,
+    implementation: str,
+    cell: tuple[Any, ...],
+    measure: Callable[[], Outcome],
+    *,
+    done: bool,
+) -> None:
+    """Be the test of one row: measure where nobody has, and end as the outcome says.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        bench: What the tests share.
+        implementation: Whose row.
+        cell: What is measured together, the same for all implementations; its rows are written at once.
+        measure: Measures it; in a dry run only builds and checks.
+        done: Whether its rows are there already.
+    """
+    if (reason := peers.absent(implementation, bench.device)) is not None:
+        bench.absent[implementation] = reason
+        pytest.skip(reason)
+    if done:
+        pytest.skip("has its row")
+    if cell not in bench.outcomes:
+        if bench.late:
+            pytest.skip(LATE)
+        bench.outcomes[cell] = measure()
+        bench.put(list(bench.outcomes[cell].rows.values()))
+    outcome = bench.outcomes[cell]
+    if implementation in outcome.absent:
+        bench.absent[implementation] = outcome.absent[implementation]
+        pytest.skip(outcome.absent[implementation])
+    if implementation in outcome.failed:
+        pytest.fail(f"no row: {outcome.failed[implementation]}", pytrace=False)
+    if bench.dry:
+        benchmark.disabled = True
+        benchmark.pedantic(lambda: None)  # or it warns that it was not used
+        return
+    row = outcome.rows[implementation]
+    if row.outcome != "ok":
+        pytest.skip(f"{row.outcome}: the row says so")
+    publish(benchmark, outcome.samples[implementation], row)
 
 
 def measures(cases: Callable[[Sizes], Sequence[Case]]) -> Callable[..., None]:
@@ -93,21 +131,14 @@ def measures(cases: Callable[[Sizes], Sequence[Case]]) -> Callable[..., None]:
     def test(benchmark: Any, bench: Session, case: Case, direction: str, cache: str, implementation: str) -> None:
         benchmark.group = f"{case.op} {case.name} {direction} {cache}"
         key = (case.op, case.name, implementation, dtype_name(case.dtype), direction, cache)
-        if bench.resume and bench.store.has([key]):
-            pytest.skip("has its row")
-        if bench.late and (case.op, case.name, direction, cache) not in bench.outcomes:
-            pytest.skip("the time is up: run again to go on")
-        outcome = bench.outcome(case, direction, cache, test.suite)
-        if implementation in outcome.absent:
-            bench.absent[implementation] = outcome.absent[implementation]
-            pytest.skip(outcome.absent[implementation])
-        if implementation in outcome.failed:
-            pytest.fail(f"no row: {outcome.failed[implementation]}", pytrace=False)
-        if bench.dry:
-            benchmark.disabled = True
-            benchmark.pedantic(lambda: None)  # or it warns that it was not used
-            return
-        publish(benchmark, outcome.samples[implementation], outcome.rows[implementation])
+
+        def run() -> Outcome:
+            if bench.dry:
+                return prepare(case, direction, bench.device)[0]
+            return measure(case, direction, cache, test.suite, bench.device)
+
+        cell = (case.op, case.name, direction, cache)
+        conclude(benchmark, bench, implementation, cell, run, done=bench.has(key))
 
     test.cases = cases
     return test
@@ -163,4 +194,4 @@ def add_options(parser: pytest.Parser) -> None:
 
 def summary(session: Session) -> str:
     """The table of what was measured, and why who was not."""
-    return show(session.written, session.absent)
+    return show(list(session.written.values()), session.absent)

@@ -1,0 +1,185 @@
+"""Whole-step benchmarks: what becomes of what their processes print."""
+
+import importlib.util
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from bench import steps
+from bench.environment import ROOT
+from bench.plugin import Session
+from bench.roofline import Roofline
+from bench.rows import Store
+
+CPU = torch.device("cpu")
+LACKING = {"outcome": "out of memory", "limit": 1 << 30}
+
+
+def case(rounds: dict[str, int], **changes) -> steps.StepCase:
+    settings = {"op": "mae_step", "name": "tiny", "model": "small", "batch": 4, "rounds": rounds, "steps": 2, **changes}
+    return steps.StepCase(**settings)
+
+
+def printed(seconds: list[float], loss: float = 1.0) -> dict:
+    figures = {"first_step_s": 9.0, "peak_bytes": 300, "step_bytes": 200, "flops": 8e9, "limit": 1 << 30}
+    return {"loss": loss, "seconds": seconds, **figures}
+
+
+@pytest.fixture
+def session(tmp_path):
+    """A run that measures on the CPU and writes to a folder of its own."""
+    return Session(device=CPU, dry=False, resume=False, deadline=None, store=Store(tmp_path / "rows"))
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Let processes print prepared lines, a list for each implementation, and give the machine a roofline."""
+
+    def start(lines: dict[str, list[dict]]) -> list[tuple[str, int]]:
+        started = []
+
+        def run(case, implementation, device, caches):
+            started.append((implementation, case.batch))
+            return lines[implementation].pop(0)
+
+        monkeypatch.setattr(steps, "run", run)
+        return started
+
+    monkeypatch.setattr(steps.roofline, "measured", lambda device: (Roofline(1e10, {torch.bfloat16: 1e11}), ()))
+    monkeypatch.setattr(steps.peers, "absent", lambda name, device: None)
+    return start
+
+
+def test_ratios_are_those_of_the_rounds_in_common_and_processes_alternate(play, session):
+    lines = {
+        "vitrail": [printed([1.0, 2.0]), printed([4.0, 4.0])],
+        "transformers": [printed([2.0, 4.0]), printed([12.0, 12.0])],
+        "vitrail compiled": [printed([0.5, 0.5])],
+    }
+    started = play(lines)
+    rows = steps.measure(case({"vitrail": 2, "transformers": 2, "vitrail compiled": 1}), session).rows
+    assert [name for name, _ in started] == ["vitrail", "transformers", "vitrail compiled", "vitrail", "transformers"]
+    row = rows["vitrail"]
+    assert row.speed_over["transformers"][0] == pytest.approx(2.5)  # of 2, 2, 3, 3
+    assert row.speed_over["vitrail compiled"][0] == pytest.approx((0.5 + 0.25) / 2)  # the first round alone
+    assert row.samples == 4
+    assert row.median_s == pytest.approx(3.0)
+    assert row.extra["images_per_s"] == pytest.approx(4 / 3)
+    assert row.roofline == pytest.approx(8e9 / 1e11 / 3)
+    assert "mfu" not in row.extra
+
+
+@pytest.mark.parametrize("loss", [1.002, float("nan")])
+def test_losses_that_differ_make_no_rows(play, session, loss):
+    play({"vitrail": [printed([1.0])], "transformers": [printed([1.0], loss)]})
+    outcome = steps.measure(case({"vitrail": 1, "transformers": 1}), session)
+    assert not outcome.rows
+    assert outcome.failed.keys() == {"vitrail", "transformers"}
+    assert "do not compute the same loss" in outcome.failed["vitrail"]
+
+
+def test_an_implementation_without_memory_has_a_row_without_figures(play, session):
+    started = play({"vitrail": [printed([1.0]), printed([1.0])], "transformers": [dict(LACKING)]})
+    rows = steps.measure(case({"vitrail": 2, "transformers": 2}), session).rows
+    assert started.count(("transformers", 4)) == 1
+    row = rows["transformers"]
+    assert (row.outcome, row.median_s, row.peak_bytes, row.speed_over) == ("out of memory", None, None, {})
+    assert row.extra == {"limit_bytes": 1 << 30}
+    assert rows["vitrail"].speed_over == {}
+
+
+def test_batches_double_until_nobody_has_memory(play, session):
+    sweeping = load("bench_mae_batch")
+    lines = {
+        "vitrail": [printed([1.0, 1.0]), printed([2.0, 2.0]), printed([4.0, 4.0]), dict(LACKING)],
+        "transformers": [printed([2.0, 2.0]), dict(LACKING)],
+    }
+    started = play(lines)
+    largest = sweeping.sweep(session)
+    first = sweeping.FIRST
+    assert started[:4] == [(name, batch) for batch in (first, 2 * first) for name in ("vitrail", "transformers")]
+    assert started[4:] == [("vitrail", 4 * first), ("vitrail", 8 * first)]
+    assert largest.rows["vitrail"].shape["batch"] == 4 * first
+    assert largest.rows["transformers"].shape["batch"] == first
+    written = {
+        (row.implementation, row.shape["batch"] // first): row.outcome for row in session.store.read("mae_batch")
+    }
+    assert written == {
+        **{("vitrail", step): "ok" for step in (1, 2, 4)},
+        ("transformers", 1): "ok",
+        ("vitrail", 8): "out of memory",
+        ("transformers", 2): "out of memory",
+    }
+    assert all(sweeping.ended(session, name) for name in sweeping.IMPLEMENTATIONS)
+
+
+def test_no_process_starts_after_the_time_is_up(play, session):
+    session.deadline = 0.0
+    started = play({"vitrail": [printed([1.0])], "transformers": []})
+    outcome = steps.measure(case({"vitrail": 2, "transformers": 2}), session)
+    assert [name for name, _ in started] == ["vitrail"]  # one at least, or nothing would ever be measured
+    assert outcome.rows["vitrail"].samples == 1
+    assert outcome.absent == {"transformers": "the time is up: run again to go on"}
+
+
+def test_a_process_that_fails_is_quoted(monkeypatch, session, tmp_path):
+    script = tmp_path / "child.py"
+    script.write_text("raise ValueError('no such thing')")
+    monkeypatch.setattr(steps, "CHILD", script)
+    outcome = steps.measure(case({"vitrail": 1}), session)
+    assert not outcome.rows
+    assert outcome.failed == {"vitrail": "RuntimeError: the process ended with status 1: ValueError: no such thing"}
+
+
+def test_both_implementations_compute_the_same_first_loss():
+    tiny = case({"vitrail": 1, "transformers": 1, "transformers compiled": 1}, image_size=64, mask_ratio=0.5)
+    runs = {name: steps.try_out(tiny, name) for name in tiny.rounds}
+    assert steps.agree([run["loss"] for run in runs.values()]), runs
+    assert runs["vitrail"]["flops"] == runs["transformers"]["flops"] > 0
+    assert tiny.shape["visible"] == tiny.shape["masked"] == 8
+
+
+def test_a_process_that_lacks_memory_says_so(tmp_path):
+    run = steps.run(case({}, batch=8192, limit=1600 << 20), "vitrail", CPU, tmp_path)
+    assert run == {"outcome": "out of memory", "limit": 1600 << 20}
+
+
+@pytest.mark.slow
+def test_a_process_prints_its_figures(tmp_path):
+    run = steps.run(case({}, batch=2, image_size=32), "vitrail", CPU, tmp_path)
+    assert len(run["seconds"]) == 2
+    assert min(run["seconds"]) > 0
+    assert run["peak_bytes"] > run["step_bytes"] > 3 * 4 * 40e6  # gradients and two moments of more than 40 M weights
+    assert run["loss"] == pytest.approx(1.2, abs=0.3)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    exhausted = steps.child().exhausted
+    assert exhausted(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert exhausted(MemoryError())
+    assert exhausted(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not exhausted(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_steps_need_neither_the_launcher_nor_the_loader():
+    program = f"""
+import sys
+
+for name in ("tyro", "deepspeed", "nvidia", "nvidia.dali", "lightly", "tensorboard", "sklearn"):
+    sys.modules[name] = None  # as if it were not installed
+sys.path.insert(0, {str(steps.CHILD.parent)!r})
+import child
+
+child.transformers_classes()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "steps" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
