@@ -58,6 +58,7 @@ def from_noise(grid: Grid, batch: int) -> Case:
     )
 
 
+# The kept patches are all that these peers return; ours finds the inverse permutation as well.
 def kept(batch: int, length: int, keep: int, device: torch.device) -> Tensor:
     return torch.argsort(torch.rand(batch, length, device=device), dim=1)[:, :keep]
 

@@ -6,13 +6,14 @@ from bench.environment import device
 ALL = ("vitrail", "transformers", "vitrail compiled", "transformers compiled")
 PLAIN = ("vitrail", "transformers")
 
-# The most telling first: a budget of time cuts from the end. On a CPU two rounds more for the pair that is quoted.
+# The most telling first: a budget of time cuts from the end. Two rounds or three for the pair that is quoted. On a CPU
+# our compiled blocks are left out: they take a minute and a half to compile and are no faster.
 CASES = {
     "cpu": (
-        ("small", 16, {**dict.fromkeys(PLAIN, 3), "vitrail compiled": 1, "transformers compiled": 1}, 5),
+        ("small", 16, {**dict.fromkeys(PLAIN, 3), "transformers compiled": 1}, 5),
         ("base", 8, dict.fromkeys(PLAIN, 1), 3),
-        ("large", 4, dict.fromkeys(PLAIN, 1), 3),
-        ("huge", 2, dict.fromkeys(PLAIN, 1), 3),
+        ("large", 4, dict.fromkeys(PLAIN, 1), 2),
+        ("huge", 2, dict.fromkeys(PLAIN, 1), 2),
     ),
     "cuda": (
         ("huge", 256, {**dict.fromkeys(PLAIN, 2), "vitrail compiled": 1, "transformers compiled": 1}, 10),
