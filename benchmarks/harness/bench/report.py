@@ -190,8 +190,8 @@ def _ops(found: Sequence[Group]) -> list[str]:
     return [
         *parts,
         wrapped(
-            "The lowest ratio of each op and of each part of a step, with its quantiles 0.2 and 0.8. Vitrail is slower in "
-            f"{slower} of {count} comparisons."
+            "The lowest ratio of each op and of each part of a step, with its quantiles 0.2 and 0.8. "
+            f"Vitrail is slower in {slower} of {count} comparisons."
         ),
         table(
             ["op", "lowest ratio", "where"], [[f"`{op}`", one.words(spread=True), place(one.row)] for op, one in lowest]
