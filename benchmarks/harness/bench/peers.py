@@ -43,7 +43,6 @@ PEERS = {
     "compiled": Peer(),
     "SDPA": Peer(),
     "FlexAttention": Peer(),
-    "torch fused": Peer(),
     "torch foreach": Peer(),
     "torch loop": Peer(),
     "timm": Peer("timm", "pip install timm"),
