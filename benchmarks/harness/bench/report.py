@@ -190,8 +190,8 @@ def _ops(found: Sequence[Group]) -> list[str]:
     return [
         *parts,
         wrapped(
-            "The lowest ratio of each op, and of each part of a step as the engine calls it (its LayerNorm and AdamW are "
-            "PyTorch's), with its quantiles 0.2 and 0.8. "
+            "The lowest ratio of each op, and of each part of a step as the engine calls it (its LayerNorm and AdamW "
+            "are PyTorch's), with its quantiles 0.2 and 0.8. "
             f"Vitrail is slower in {slower} of {count} comparisons."
         ),
         table(
