@@ -34,7 +34,7 @@ def test_samples_are_seconds_for_a_call():
     )
     short, long = (sorted(timings[name].samples)[0] for name in ("short", "long"))  # the least disturbed of them
     assert 1e-3 <= short < 3e-3
-    assert 4e-3 <= long < 6e-3
+    assert 4e-3 <= long < 8e-3
     assert timings["short"].timer == "wall"
 
 
