@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 
@@ -61,6 +63,53 @@ def test_without_a_gpu_it_says_so_in_one_line():
     assert ran.stdout.splitlines() == [
         "error: no CUDA GPU here; --dry builds every case without one, and `make bench` measures on a CPU"
     ]
+
+
+@pytest.fixture
+def drive(monkeypatch, tmp_path):
+    """Runs the stages with prepared outcomes; returns the exit status and the limit of every stage that ran."""
+
+    def start(statuses: dict[str, int], *, late: float = 0.0) -> tuple[int, dict[str, float]]:
+        limits = {}
+
+        def run(arguments, log, *, limit):
+            log.write_text("FAILED tests/a.py::test_b[c] - d\n" if statuses.get(log.stem) else "")
+            limits[log.stem] = limit
+            return statuses.get(log.stem, 0), "1 passed"
+
+        monkeypatch.setattr(gpu, "run", run)
+        status = gpu.stages(tmp_path, tmp_path, time.monotonic() - late, seconds=500.0, dry=False)
+        return status, limits
+
+    return start
+
+
+def test_the_most_important_comes_first_and_all_of_it_ends_in_time(drive):
+    status, limits = drive({"data": 5})  # no test there could run
+    assert status == 0
+    assert list(limits) == ["check", "kernels", "steps", "engine", "sweeps", "data"]
+    assert limits["check"] < 0.4 * 500 + 31
+    assert limits["kernels"] < 0.45 * 500 + 31
+    assert max(limits.values()) < 540  # nine minutes
+
+
+def test_ops_that_passed_are_not_checked_again_and_others_are(drive, capsys):
+    status, _ = drive({"check": 1})
+    assert status == 1
+    assert "failed: tests/a.py::test_b[c]" in capsys.readouterr().out
+    assert "check" in drive({})[1]
+    assert "check" not in drive({})[1]
+    assert "has its row" in capsys.readouterr().out
+
+
+def test_what_has_no_time_left_waits_for_the_next_call(drive, capsys):
+    assert drive({}, late=501.0) == (0, {})
+    assert capsys.readouterr().out.count("the time is up; call again to go on") == 6
+
+
+def test_a_stage_that_hangs_is_stopped_and_counts_as_failed(tmp_path):
+    hanging = [sys.executable, "-c", "import time; print('1 passed', flush=True); time.sleep(60)"]
+    assert gpu.run(hanging, tmp_path / "log", limit=1.0) == (124, "stopped after 1 s")
 
 
 @pytest.fixture

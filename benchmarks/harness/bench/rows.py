@@ -5,7 +5,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary without absent figures."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, {}, "")}
+        needed = {f.name for f in fields(self) if f.default is MISSING and f.default_factory is MISSING}
+        return {name: value for name, value in asdict(self).items() if name in needed or value not in (None, {}, "")}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Row":
