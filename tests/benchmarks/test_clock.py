@@ -63,7 +63,7 @@ def test_the_peak_is_what_a_call_holds():
     assert 30 << 20 <= peak < 48 << 20
 
 
-def example(device_type: str) -> Case:
+def example() -> Case:
     size = 1 << 22
     return Case(
         op="copy",
@@ -81,7 +81,7 @@ def example(device_type: str) -> Case:
 @pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=gpu)])
 def test_a_case_becomes_rows_that_agree_with_each_other(device):
     for cache in measure.caches(device):
-        outcome = measure.measure(example(device.type), "forward", cache, "kernels", device)
+        outcome = measure.measure(example(), "forward", cache, "kernels", device)
         ours, theirs = outcome.rows["vitrail"], outcome.rows["eager"]
         assert ours.quantiles_s[0] <= ours.median_s <= ours.quantiles_s[1]
         assert ours.gb_per_s == pytest.approx(8 * (1 << 22) / ours.median_s / 1e9)
@@ -116,7 +116,7 @@ class TestOnGPU:
         )
 
     def test_a_cold_cache_is_slower_than_a_hot_one(self):
-        small = example("cuda")
+        small = example()
         cold, hot = (
             measure.measure(small, "forward", cache, "kernels", CUDA).rows["vitrail"].median_s
             for cache in ("cold", "hot")
@@ -124,7 +124,7 @@ class TestOnGPU:
         assert cold > hot
 
     def test_sets_of_inputs_exceed_the_cache(self):
-        sets = measure.input_sets(example("cuda"), CUDA, "cold")
+        sets = measure.input_sets(example(), CUDA, "cold")
         held = sum(inputs["x"].numel() * 4 for inputs in sets)
         assert held >= 3 * torch.cuda.get_device_properties(CUDA).L2_cache_size
 
