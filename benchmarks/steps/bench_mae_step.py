@@ -7,7 +7,7 @@ ALL = ("vitrail", "transformers", "vitrail compiled", "transformers compiled")
 PLAIN = ("vitrail", "transformers")
 
 # The most telling first: a budget of time cuts from the end. Two rounds or three for the pair that is quoted. On a CPU
-# our compiled blocks are left out: they take a minute and a half to compile and are no faster.
+# our compiled blocks are left out: they take more than a minute to compile and are no faster.
 CASES = {
     "cpu": (
         ("small", 16, {**dict.fromkeys(PLAIN, 3), "transformers compiled": 1}, 5),

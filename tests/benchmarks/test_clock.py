@@ -63,6 +63,13 @@ def test_the_peak_is_what_a_call_holds():
     assert 30 << 20 <= peak < 48 << 20
 
 
+@pytest.mark.parametrize(
+    ("size", "sets"), [(0, 1), (1 << 10, measure.MOST_SETS), (1 << 20, 150), (49 << 20, 4), (1 << 30, 1)]
+)
+def test_as_many_sets_as_exceed_a_cache_of_50_mib(size, sets):
+    assert measure.sets_beyond(50 << 20, size) == sets
+
+
 def example() -> Case:
     size = 1 << 22
     return Case(

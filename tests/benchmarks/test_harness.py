@@ -9,6 +9,7 @@ import pytest
 import torch
 from bench import Case, environment, measure, peers, roofline
 from bench.case import _upstream, bind
+from bench.plugin import Session, conclude
 from bench.roofline import Roofline
 from bench.rows import Row, Store, quantiles, ratios
 from rows_for_figures import cpu_rows
@@ -333,3 +334,21 @@ def test_the_matrix_rate_is_the_dtypes():
     limits = Roofline(copy=2e9, matrix={torch.bfloat16: 4e12, torch.float32: 1e12})
     assert limits.floor(0, 4e12, torch.float32) == (4.0, "matrix")
     assert limits.floor(2, 0.0, torch.int64) == (1e-9, "memory")
+
+
+def test_a_case_that_crashes_is_tried_once_and_fails_for_everybody(tmp_path):
+    session = Session(
+        device=torch.device("cpu"), dry=False, resume=False, deadline=None, store=Store(tmp_path / "rows")
+    )
+    tries = []
+
+    def crash() -> measure.Outcome:
+        tries.append(1)
+        raise RuntimeError("no more memory\nand the rest")
+
+    with pytest.raises(RuntimeError, match="no more memory"):
+        conclude(None, session, "vitrail", ("case",), crash, done=False)
+    with pytest.raises(pytest.fail.Exception, match=r"ended with RuntimeError: no more memory$"):
+        conclude(None, session, "eager", ("case",), crash, done=False)
+    assert len(tries) == 1
+    assert not (tmp_path / "rows").exists()

@@ -16,7 +16,7 @@ from .memory import peak_of
 from .rows import Row, quantiles, ratios
 
 SEED = 0
-MOST_SETS = 1024  # of inputs for a cold cache; only masks are so small that these do not exceed it
+MOST_SETS = 1024  # of inputs for a cold cache; only noise for a few images is so small that these do not exceed it
 SECONDS = {"cpu": 1.0, "cuda": 0.3}  # for each implementation of a case
 
 
@@ -32,6 +32,8 @@ class Outcome:
     """Implementations that miscompute or crash, with what was wrong. They have no rows."""
     absent: dict[str, str] = field(default_factory=dict)
     """Implementations that cannot run here, with the reason."""
+    crashed: str = ""
+    """What ended the measurement of all of them, if anything did."""
 
 
 def caches(device: torch.device) -> tuple[str, ...]:
@@ -141,8 +143,13 @@ def input_sets(case: Case, device: torch.device, cache: str) -> list[Inputs]:
     if cache == "hot":
         return [first]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(first))
-    wanted = 3 * torch.cuda.get_device_properties(device).L2_cache_size
-    return [first, *(case.inputs(device) for _ in range(1, math.ceil(wanted / max(size, 1))))]
+    wanted = sets_beyond(torch.cuda.get_device_properties(device).L2_cache_size, size)
+    return [first, *(case.inputs(device) for _ in range(1, wanted))]
+
+
+def sets_beyond(cache: int, size: int) -> int:
+    """How many sets of inputs of `size` bytes exceed a cache three times; one where there is nothing to read."""
+    return min(max(math.ceil(3 * cache / size), 1), MOST_SETS) if size else 1
 
 
 def _row(

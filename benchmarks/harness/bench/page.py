@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 from .report import (
     GENERATED,
-    NO_GPU,
-    NOTHING,
     PICTURES,
     SUITES,
     against,
+    assembled,
     failure,
     images_per_second,
     over,
@@ -48,14 +47,8 @@ def page(machines: Sequence[Machine], charts: dict[str, list[str]]) -> str:
         machines: With their rows.
         charts: By machine, the names of the charts that are drawn.
     """
-    parts = ["# Benchmarks", GENERATED, INTRODUCTION]
-    for machine in machines:
-        parts += _machine(machine, charts[machine.name])
-    if not machines:
-        parts.append(NOTHING)
-    if not any(machine.gpu for machine in machines):
-        parts.append(NO_GPU)
-    return "\n\n".join(parts) + "\n"
+    head = ["# Benchmarks", GENERATED, INTRODUCTION]
+    return assembled(head, [_machine(machine, charts[machine.name]) for machine in machines], machines) + "\n"
 
 
 def _machine(machine: Machine, charts: Sequence[str]) -> list[str]:

@@ -102,9 +102,15 @@ def conclude(
     if cell not in bench.outcomes:
         if bench.late:
             pytest.skip(LATE)
-        bench.outcomes[cell] = measure()
+        try:
+            bench.outcomes[cell] = measure()
+        except Exception as error:  # the next implementation's test shall not try all of it again
+            bench.outcomes[cell] = Outcome(crashed=f"{type(error).__name__}: {error}".partition("\n")[0])
+            raise
         bench.put(list(bench.outcomes[cell].rows.values()))
     outcome = bench.outcomes[cell]
+    if outcome.crashed:
+        pytest.fail(f"no row: the measurement of this case ended with {outcome.crashed}", pytrace=False)
     if implementation in outcome.absent:
         bench.absent[implementation] = outcome.absent[implementation]
         pytest.skip(outcome.absent[implementation])

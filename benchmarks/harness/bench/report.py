@@ -28,9 +28,12 @@ def section(machines: Sequence[Machine], charts: dict[str, list[str]]) -> str:
         machines: With their rows.
         charts: By machine, the names of the charts that are drawn.
     """
-    parts = [GENERATED]
-    for machine in machines:
-        parts += _machine(machine, charts[machine.name])
+    return assembled([GENERATED], [_machine(machine, charts[machine.name]) for machine in machines], machines)
+
+
+def assembled(head: Sequence[str], bodies: Iterable[Sequence[str]], machines: Sequence[Machine]) -> str:
+    """A text of paragraphs: what comes first, what is said of each machine, and what has not been measured."""
+    parts = [*head, *(part for body in bodies for part in body)]
     if not machines:
         parts.append(NOTHING)
     if not any(machine.gpu for machine in machines):
