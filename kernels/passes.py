@@ -18,7 +18,7 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 
 
 def check_rows(name: str, tensor: torch.Tensor, width: int | None = None, like: torch.Tensor | None = None) -> None:
-    """Raises TypeError or ValueError unless `tensor` is a floating matrix, of the given width and the dtype of `like`."""
+    """Raises TypeError or ValueError unless `tensor` is a floating matrix, of this width and of the dtype of `like`."""
     checks.check_floating(name, tensor)
     checks.check_shape(name, tensor, ("rows", "width" if width is None else width))
     if like is not None and tensor.dtype != like.dtype:
