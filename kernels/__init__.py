@@ -4,19 +4,29 @@ Importing this package needs torch alone. Triton and the compiled extension are 
 them. `python -m vitrail.kernels` prints the environment and what each implementation supports.
 """
 
+from .clip_loss import clip_loss
+from .info_nce_loss import info_nce_loss
 from .masked_patch_gather import masked_patch_gather
 from .masked_patch_loss import masked_patch_loss
 from .modules import MaskedPatchEmbed
+from .nt_xent_loss import nt_xent_loss
 from .random_masking import random_masking
 from .registry import UnsupportedError, explain
 from .restore_tokens import restore_tokens
+from .softmax_col_pass import softmax_col_pass
+from .softmax_row_pass import softmax_row_pass
 
 __all__ = [
     "MaskedPatchEmbed",
     "UnsupportedError",
+    "clip_loss",
     "explain",
+    "info_nce_loss",
     "masked_patch_gather",
     "masked_patch_loss",
+    "nt_xent_loss",
     "random_masking",
     "restore_tokens",
+    "softmax_col_pass",
+    "softmax_row_pass",
 ]
