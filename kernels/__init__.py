@@ -10,9 +10,11 @@ from .masked_patch_gather import masked_patch_gather
 from .masked_patch_loss import masked_patch_loss
 from .modules import MaskedPatchEmbed
 from .nt_xent_loss import nt_xent_loss
+from .prototype_cross_entropy import cross_view_match, prototype_cross_entropy, update_center_
 from .random_masking import random_masking
 from .registry import UnsupportedError, explain
 from .restore_tokens import restore_tokens
+from .sinkhorn_knopp import sinkhorn_center, sinkhorn_knopp
 from .softmax_col_pass import softmax_col_pass
 from .softmax_row_pass import softmax_row_pass
 
@@ -20,13 +22,18 @@ __all__ = [
     "MaskedPatchEmbed",
     "UnsupportedError",
     "clip_loss",
+    "cross_view_match",
     "explain",
     "info_nce_loss",
     "masked_patch_gather",
     "masked_patch_loss",
     "nt_xent_loss",
+    "prototype_cross_entropy",
     "random_masking",
     "restore_tokens",
+    "sinkhorn_center",
+    "sinkhorn_knopp",
     "softmax_col_pass",
     "softmax_row_pass",
+    "update_center_",
 ]

@@ -10,14 +10,15 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .flags import IMPL
 
-CHOICES = ("auto", "cuda", "triton", "reference")
+KERNELS = ("cuda", "triton")  # what `auto` never takes on the CPU
+CHOICES = ("auto", *KERNELS, "chunked", "reference")
 
 log = logging.getLogger("vitrail.kernels")
 
@@ -40,16 +41,27 @@ class Implementation:
     """One way to run an op.
 
     Attributes:
-        name: `cuda` (compiled extension), `triton` or `reference` (plain PyTorch).
+        name: `cuda` (compiled extension), `triton`, `chunked` (PyTorch's matrix products on parts of the problem) or
+            `reference` (plain PyTorch).
         module: Absolute name of the module that holds one function per pass, imported on first use.
         reasons: For each pass, a predicate over that pass's arguments that returns the reasons against.
         supports: What it takes, in one line for the support matrix.
+        reservations: For some passes, a predicate that returns why `auto` should rather take another implementation
+            although this one could run.
     """
 
     name: str
     module: str
     reasons: Mapping[str, Callable[..., list[str]]]
     supports: str
+    reservations: Mapping[str, Callable[..., list[str]]] = field(default_factory=dict)
+
+    def against(self, which: str, args: tuple[Any, ...]) -> list[str]:
+        """Returns why `auto` passes this implementation over: it cannot run, or others are expected to be faster."""
+        reasons = self.reasons[which](*args)
+        if reasons or which not in self.reservations:
+            return reasons
+        return [f"it could run, but {reservation}" for reservation in self.reservations[which](*args)]
 
     def function(self, which: str) -> Callable[..., Any]:
         """Returns the function of the pass `which`, importing the implementation if need be."""
@@ -88,7 +100,8 @@ class Op:
 
         Args:
             which: `forward` or `backward`.
-            impl: `auto` takes the first implementation without a reason against it; a name takes that one.
+            impl: `auto` takes the first implementation without a reason or a reservation against it, on CPU tensors
+                the first that is no kernel; a name takes that one.
             args: The arguments of the pass.
 
         Raises:
@@ -104,11 +117,12 @@ class Op:
             return chosen
 
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if all(tensor.device.type == "cpu" for tensor in tensors):
-            return self.implementations[-1]  # on the CPU the reference is the implementation, not a fallback
+        candidates = self.implementations
+        if all(tensor.device.type == "cpu" for tensor in tensors):  # there, plain PyTorch is no fallback
+            candidates = tuple(candidate for candidate in candidates if candidate.name not in KERNELS)
         rejected: dict[str, list[str]] = {}
-        for candidate in self.implementations:
-            reasons = candidate.reasons[which](*args)
+        for candidate in candidates:
+            reasons = candidate.against(which, args)
             if not reasons:
                 break
             rejected[candidate.name] = reasons
@@ -143,7 +157,7 @@ def check_impl(impl: str) -> None:
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
-    """Says, for each implementation of `op`, why it cannot run this call.
+    """Says, for each implementation of `op`, why it cannot run this call, or why `auto` would take another.
 
     Args:
         op: The public function or its name.
@@ -151,8 +165,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
         **kwargs: Likewise; `impl` is ignored.
 
     Returns:
-        Reasons by implementation name, in order of preference. An empty list means that it can run the call;
-        `impl="auto"` takes the first such on CUDA tensors and `reference` on CPU tensors.
+        Reasons by implementation name, in order of preference. `impl="auto"` takes the first with an empty list; on
+        CPU tensors never a kernel, even where the interpreter could run it.
 
     Raises:
         KeyError: No op of that name.
@@ -169,7 +183,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     kwargs.pop("impl", None)
     entry = _ops[name]
     bound = entry.bind(*args, **kwargs)
-    return {candidate.name: candidate.reasons["forward"](*bound) for candidate in entry.implementations}
+    return {candidate.name: candidate.against("forward", bound) for candidate in entry.implementations}
 
 
 def _log_once(

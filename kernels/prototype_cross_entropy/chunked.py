@@ -1,0 +1,95 @@
+"""The loss from PyTorch's own matrix products: the logits of some rows at a time, and at once their gradient.
+
+Half the matrix products of the two passes, since nothing is computed twice; in exchange every logit travels through
+memory several times, and a teacher row's logits are computed again for each student row that is held to it.
+"""
+
+import torch
+
+from ..passes import compute_dtype
+from .pairs import counts, weights
+
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of logits; there are three such buffers at most
+
+
+def forward(
+    student: torch.Tensor,
+    student_prototypes: torch.Tensor,
+    teacher: torch.Tensor,
+    teacher_prototypes: torch.Tensor,
+    bias: torch.Tensor | None,
+    match: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    student_scale: torch.Tensor,
+    teacher_scale: torch.Tensor,
+    student_bounded: bool,
+    teacher_bounded: bool,
+    need_student: bool,
+    need_prototypes: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the loss and its gradients to student [R, d] and student prototypes [K, d], empty where unneeded."""
+    dtype, device = compute_dtype(student), student.device
+    if device.type == "cpu":  # whose products of half-precision matrices round their results
+        student, teacher = student.to(dtype), teacher.to(dtype)
+        student_prototypes, teacher_prototypes = student_prototypes.to(dtype), teacher_prototypes.to(dtype)
+    (rows, width), prototypes = student.shape, student_prototypes.shape[0]
+    terms = torch.empty(rows, dtype=dtype, device=device)
+    count = counts(match, rows, terms)
+    row_weight, factor = weights(weight, count)
+    to_student = torch.empty((rows if need_student else 0, width), dtype=dtype, device=device)
+    to_prototypes = torch.zeros((prototypes if need_prototypes else 0, width), dtype=dtype, device=device)
+
+    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    size = min(max(budget // (prototypes * dtype.itemsize), 16), rows)
+    buffers = [
+        torch.empty((size, prototypes), dtype=dtype, device=device)
+        for _ in range(2 if match is None or len(match) == 1 else 3)
+    ]
+    for start in range(0, rows, size):
+        part = slice(start, min(start + size, rows))
+        logits, target, *scratch = (buffer[: part.stop - start] for buffer in buffers)
+        for index, view in enumerate((None,) if match is None else match[:, part]):
+            into = scratch[0] if index else target
+            valid = None if view is None else view >= 0
+            chosen = teacher[part] if view is None else teacher[view.clamp(min=0)]
+            _product(chosen, teacher_prototypes.T, into).mul_(teacher_scale)
+            if bias is not None:
+                into += bias
+            total, _ = _exponentiate(into, teacher_bounded)
+            into *= (1 / total if valid is None else valid / total)[:, None]
+            if index:
+                target += into
+        _product(student[part], student_prototypes.T, logits).mul_(student_scale)
+        dots = torch.linalg.vecdot(logits, target)
+        total, lse = _exponentiate(logits, student_bounded)
+        terms[part] = lse * count[part] - dots
+        if not (need_student or need_prototypes):
+            continue
+        gradient = logits.mul_((count[part] / total)[:, None]).sub_(target)  # to the logits, but for the weight
+        if need_prototypes:
+            weighted = (student[part] * row_weight[part, None]).to(student.dtype)
+            to_prototypes += _product(gradient.T.to(student.dtype), weighted)
+        if need_student:
+            to_student[part] = _product(gradient.to(student.dtype), student_prototypes)
+    loss = (terms * row_weight).sum() * factor
+    factor = factor * student_scale
+    if need_student:
+        to_student *= (row_weight * factor)[:, None]
+    return loss, to_student, to_prototypes.mul_(factor)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns a matrix product summed and returned in float32, or float64 for float64 operands."""
+    if left.dtype.itemsize == 2:
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left, right, out=out)
+
+
+def _exponentiate(logits: torch.Tensor, bounded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replaces logits by their exponentials up to a factor for each row; returns their sums and the log-sum-exps."""
+    if bounded:
+        total = logits.exp_().sum(1)
+        return total, total.log()
+    peak = logits.amax(1)
+    total = logits.sub_(peak[:, None]).exp_().sum(1)
+    return total, total.log() + peak
