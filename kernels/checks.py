@@ -63,7 +63,8 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Returns the compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
 
 
@@ -77,8 +78,8 @@ def triton_reasons(device: torch.device) -> list[str]:
         return ["the tensors are on the CPU; move them to a CUDA device, or set TRITON_INTERPRET=1 to test the kernel"]
     if device.type != "cuda":
         return [f"the tensors are on {device}; move them to a CUDA device"]
-    if _capability(device) < MIN_CAPABILITY:
-        have, want = (".".join(map(str, pair)) for pair in (_capability(device), MIN_CAPABILITY))
+    if capability(device) < MIN_CAPABILITY:
+        have, want = (".".join(map(str, pair)) for pair in (capability(device), MIN_CAPABILITY))
         return [f"{device} has compute capability {have}; the kernels need {want} or newer"]
     return []
 

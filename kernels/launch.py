@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .checks import capability
+
 INT32_BYTES = 2**31 - 1
 
 Passes = Mapping[str, tuple[Any, ...]]  # the arguments of each pass of an op, by the pass's name
@@ -30,23 +32,39 @@ class Launch:
     options: dict[str, Any]
 
 
+DEFAULT_CAPABILITY = 90
+
 _recorded: list[Launch] | None = None
+_target = DEFAULT_CAPABILITY
 
 
 @contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Collects launches in place of making them, so that a launcher can be asked on meta tensors what it would run."""
-    global _recorded
-    previous, _recorded = _recorded, []
+def record_launches(capability: int = DEFAULT_CAPABILITY) -> Iterator[list[Launch]]:
+    """Collects launches in place of making them, so that a launcher can be asked on meta tensors what it would run.
+
+    Args:
+        capability: Compute capability (90 is 9.0) that launches on meta tensors are meant for.
+    """
+    global _recorded, _target
+    previous = _recorded, _target
+    _recorded, _target = [], capability
     try:
         yield _recorded
     finally:
-        _recorded = previous
+        _recorded, _target = previous
 
 
-def launches_of(module: ModuleType, passes: Passes) -> list[Launch]:
+def capability_of(device: torch.device) -> int:
+    """Returns the compute capability of a device as a number (90 is 9.0); of no GPU, that of the recording, or 90."""
+    if device.type != "cuda":
+        return _target
+    major, minor = capability(device)
+    return 10 * major + minor
+
+
+def launches_of(module: ModuleType, passes: Passes, capability: int = DEFAULT_CAPABILITY) -> list[Launch]:
     """Returns the launches that a kernel module's launchers would make for these arguments, meta tensors or real."""
-    with record_launches() as recorded:
+    with record_launches(capability) as recorded:
         for which, args in passes.items():
             getattr(module, which)(*args)
     return recorded
