@@ -6,12 +6,16 @@ them. `python -m vitrail.kernels` prints the environment and what each implement
 
 from .clip_loss import clip_loss
 from .info_nce_loss import info_nce_loss
+from .knn_topk import knn_topk
+from .koleo_loss import koleo_loss
+from .losses import CLIPLoss, InfoNCELoss, KoLeoLoss, NTXentLoss, PrototypeCrossEntropy
 from .masked_patch_gather import masked_patch_gather
 from .masked_patch_loss import masked_patch_loss
 from .modules import MaskedPatchEmbed
 from .nt_xent_loss import nt_xent_loss
 from .prototype_cross_entropy import cross_view_match, prototype_cross_entropy, update_center_
 from .random_masking import random_masking
+from .region_match import nearest_neighbors, region_match, region_match_crops
 from .registry import UnsupportedError, explain
 from .restore_tokens import restore_tokens
 from .sinkhorn_knopp import sinkhorn_center, sinkhorn_knopp
@@ -19,17 +23,27 @@ from .softmax_col_pass import softmax_col_pass
 from .softmax_row_pass import softmax_row_pass
 
 __all__ = [
+    "CLIPLoss",
+    "InfoNCELoss",
+    "KoLeoLoss",
     "MaskedPatchEmbed",
+    "NTXentLoss",
+    "PrototypeCrossEntropy",
     "UnsupportedError",
     "clip_loss",
     "cross_view_match",
     "explain",
     "info_nce_loss",
+    "knn_topk",
+    "koleo_loss",
     "masked_patch_gather",
     "masked_patch_loss",
+    "nearest_neighbors",
     "nt_xent_loss",
     "prototype_cross_entropy",
     "random_masking",
+    "region_match",
+    "region_match_crops",
     "restore_tokens",
     "sinkhorn_center",
     "sinkhorn_knopp",

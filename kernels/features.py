@@ -29,7 +29,7 @@ def check_pair(**pair: torch.Tensor) -> None:
 
 def check_temperature(name: str, temperature: float) -> float:
     """Returns the temperature; raises ValueError unless it is a finite positive number."""
-    if isinstance(temperature, torch.Tensor) or not (math.isfinite(temperature) and temperature > 0):
+    if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"{name} must be a finite positive number, got {temperature}")
     return float(temperature)
 

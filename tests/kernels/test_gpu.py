@@ -9,11 +9,20 @@ from ladder_guards import check_guarded
 
 from vitrail.kernels import (
     MaskedPatchEmbed,
+    clip_loss,
+    cross_view_match,
     explain,
+    info_nce_loss,
+    koleo_loss,
     masked_patch_gather,
     masked_patch_loss,
+    nt_xent_loss,
+    prototype_cross_entropy,
     random_masking,
+    region_match,
     restore_tokens,
+    softmax_col_pass,
+    softmax_row_pass,
 )
 from vitrail.kernels.checks import interpreting
 
@@ -24,17 +33,66 @@ pytestmark = [
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CALLS = ("random_masking", "masked_patch_gather", "restore_tokens", "masked_patch_loss")
+# Relative error, as a norm, that rounding probabilities to the dtype of the operands explains.
+ROUNDED = {torch.float16: 2**-9, torch.bfloat16: 2**-6}
 FUNCTIONS = {
     "random_masking": random_masking,
     "masked_patch_gather": masked_patch_gather,
     "restore_tokens": restore_tokens,
     "masked_patch_loss": masked_patch_loss,
+    "softmax_row_pass": softmax_row_pass,
+    "softmax_col_pass": softmax_col_pass,
+    "nt_xent_loss": nt_xent_loss,
+    "info_nce_loss": info_nce_loss,
+    "clip_loss": clip_loss,
+    "prototype_cross_entropy": prototype_cross_entropy,
+    "koleo_loss": koleo_loss,
+    "region_match": lambda **inputs: region_match(**inputs)[1],  # of two that are about as near, either may win
 }
+CALLS = tuple(FUNCTIONS)
+MASKING = CALLS[:4]
+SOFTMAX = CALLS[4:10]
+
+
+def softmax_problem(call: str, rows: int, width: int) -> Problem:
+    """A call of the losses and passes over inner products, or of the search that goes with them."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    queries, keys = randn(rows, width) / width**0.5, randn(2 * rows + 1, width)
+    prototypes = torch.nn.functional.normalize(randn(3 * rows + 5, width))
+    return {
+        "softmax_row_pass": Problem({"queries": queries, "keys": keys, "scale": 3.0, "exclude": (1,)}),
+        "softmax_col_pass": Problem(
+            {"queries": queries, "keys": keys, "lse": (3 * queries @ keys.T).logsumexp(1), "scale": 3.0}
+        ),
+        "nt_xent_loss": Problem({"z1": randn(rows, width), "z2": randn(rows, width)}, ("z1", "z2")),
+        "info_nce_loss": Problem({"q": randn(rows, width), "k": randn(rows, width)}, ("q",)),
+        "clip_loss": Problem({"a": randn(rows, width), "b": randn(rows, width)}, ("a", "b")),
+        "prototype_cross_entropy": Problem(
+            {
+                "student": queries.repeat(4, 1),
+                "student_prototypes": prototypes,
+                "teacher": queries.repeat(2, 1) + 0.1 * randn(2 * rows, width),
+                "teacher_prototypes": prototypes + 0.01 * randn(*prototypes.shape),
+                "student_temp": 0.1,
+                "teacher_temp": 0.04,
+                "center": 0.1 * randn(len(prototypes)),
+                "match": cross_view_match(4, 2, rows),
+            },
+            ("student", "student_prototypes"),
+        ),
+        "koleo_loss": Problem({"x": randn(max(rows, 2), width)}, ("x",)),
+        "region_match": Problem({"student": randn(rows, 9, width), "teacher": randn(rows, 49, width)}),
+    }[call]
 
 
 def problem(call: str, batch: int = 8, patch: int = 14, grid: tuple[int, int] = (16, 16), width: int = 512) -> Problem:
-    """One of MAE's four calls at the sizes of ViT-H/14, or at odd ones."""
+    """A call at about the sizes of ViT-H/14, or at odd ones."""
+    if call not in MASKING:
+        return softmax_problem(call, 25 * batch, width)
     generator = torch.Generator().manual_seed(batch)
     length, columns = grid[0] * grid[1], -(-3 * patch * patch // 8) * 8
     keep = length // 4
@@ -73,7 +131,14 @@ def on_gpu(call: str, dtype: torch.dtype = torch.float32, **sizes: object) -> Pr
 def test_close_to_float64(call, dtype):
     dtype = torch.float32 if call == "random_masking" else dtype
     reference = partial(FUNCTIONS[call], impl="reference")
-    check_accuracy(FUNCTIONS[call], reference, problem(call), dtype, "triton")
+    if call not in SOFTMAX or dtype == torch.float32:
+        check_accuracy(FUNCTIONS[call], reference, problem(call), dtype, "triton")
+        return
+    rounded = problem(call).to(dtype)
+    truth = evaluate(reference, rounded.to(torch.float64))
+    for name, got in evaluate(partial(FUNCTIONS[call], impl="triton"), rounded.to(dtype, "cuda")).items():
+        error = (got.cpu().double() - truth[name]).norm() / truth[name].norm()
+        assert error <= ROUNDED[dtype], f"{name} is off by {error:.2g}"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +208,7 @@ def test_nothing_waits_for_the_device(call):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_auto_takes_triton(call):
-    assert explain(FUNCTIONS[call], **on_gpu(call).inputs)["triton"] == []
+    assert explain(call, **on_gpu(call, torch.bfloat16).inputs)["triton"] == []
 
 
 def test_the_loss_stores_no_target():
@@ -154,6 +219,23 @@ def test_the_loss_stores_no_target():
     before = torch.cuda.memory_allocated()
     masked_patch_loss(**case.inputs)
     assert torch.cuda.max_memory_allocated() - before < 2**20  # the targets would take 27 MB in float32
+
+
+def test_contrastive_losses_store_no_logits():
+    case = on_gpu("nt_xent_loss", torch.bfloat16, batch=640, width=128)  # 16,000 images: a matrix of logits takes 2 GB
+    evaluate(nt_xent_loss, case)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    evaluate(nt_xent_loss, case)
+    assert torch.cuda.max_memory_allocated() - before < 2**28
+
+
+def test_chunked_products_agree_with_the_passes():
+    case = on_gpu("prototype_cross_entropy", torch.bfloat16)
+    chunked = evaluate(partial(prototype_cross_entropy, impl="chunked"), case)
+    for name, value in evaluate(partial(prototype_cross_entropy, impl="triton"), case).items():
+        assert (value - chunked[name]).float().norm() <= ROUNDED[torch.bfloat16] * value.float().norm()
 
 
 def test_offsets_beyond_32_bits():
