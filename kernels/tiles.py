@@ -106,7 +106,7 @@ _TABLES = {
 }
 # float32 on the cores that multiply one by one, and rounded to TF32 on the tensor cores.
 _IEEE = {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2), 512: Tile(16, 16, 8, 1)}
-_TF32_SMALL = {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 8, 2), 512: Tile(32, 16, 8, 1)}
+_TF32_SMALL = {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 8, 2), 512: Tile(16, 16, 8, 1)}
 _TF32_LARGE = _TF32_SMALL | {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 2)}
 
 

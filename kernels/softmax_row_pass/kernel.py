@@ -204,9 +204,11 @@ def forward_in(
     values = keys if values is None else values
     value_width = values.shape[1] if need_output else 1
     excluded, first, second = diagonals(exclude, rows, count)
-    # The largest tiles of keys that are also values leave no register for the comparison with a diagonal.
-    one_tile = shared or not need_output
-    layout = tile("row", queries, max(width, value_width), one_tile and not excluded, precision, count)
+    # The largest tiles, of keys that are also values, leave no register to compare with a diagonal, or for the
+    # addresses of rows that are not loaded 16 bytes at a time.
+    vectors = all(size * queries.itemsize % 16 == 0 for size in (width, row_stride(queries), row_stride(keys)))
+    largest = (shared or not need_output) and not excluded and vectors
+    layout = tile("row", queries, max(width, value_width), largest, precision, count)
     parts, keys_per_split = split(rows, count, layout)
 
     def results(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
