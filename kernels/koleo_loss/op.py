@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import region_match
-from ..region_match.op import bind_neighbors, triton_reasons
+from ..region_match.op import bind_neighbors, nearest_neighbors, triton_reasons
 from ..registry import Implementation, Op, check_impl, register
 from ..scatter import scatter_rows
 
@@ -56,7 +55,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, impl: str, x: torch.Tensor, eps: float) -> Any:
         """Computes the loss; keeps its input and the neighbours."""
-        index, _ = region_match.nearest_neighbors(x, impl=impl)
+        index, _ = nearest_neighbors(x, impl=impl)
         ctx.save_for_backward(x, index)
         ctx.eps = eps
         *_, distance = _pairs(x, index, eps)
