@@ -5,15 +5,31 @@ from pathlib import Path
 
 import torch
 
+from vitrail.kernels import NTXentLoss
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_and_trains_its_parts():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def run_example(section: str) -> dict:
+    """Runs the example under a heading; returns its names."""
+    text = re.split(r"^##+ ", README.split(f"# {section}\n")[1], flags=re.MULTILINE)[0]
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict = {}
     exec(example, names)
     assert names["loss"].isfinite()
+    return names
+
+
+def test_the_loss_of_the_example_goes_into_a_plain_loop():
+    torch.manual_seed(0)
+    names = run_example("Losses")
+    assert torch.count_nonzero(names["model"].weight.grad)
+    assert isinstance(names["criterion"], NTXentLoss)
+
+
+def test_the_example_runs_and_trains_its_parts():
+    names = run_example("Kernels")
     for tensor in (names["embed"].proj.weight, names["head"].weight, names["mask_token"]):
         assert tensor.grad is not None
         assert torch.count_nonzero(tensor.grad)
