@@ -27,9 +27,16 @@ def check_pair(**pair: torch.Tensor) -> None:
     checks.check_same_device(**pair)
 
 
-def check_temperature(name: str, temperature: float) -> float:
-    """Returns the temperature; raises ValueError unless it is a finite positive number."""
-    if not (math.isfinite(temperature) and temperature > 0):
+def check_temperature(name: str, temperature: object) -> float:
+    """Returns the temperature.
+
+    Raises:
+        TypeError: It is no number. That includes tensors, which would get no gradient.
+        ValueError: It is not finite and positive.
+    """
+    if not isinstance(temperature, int | float):
+        raise TypeError(f"{name} must be a number, got {temperature!r}; a tensor would get no gradient: pass .item()")
+    if not 0 < temperature < math.inf:  # torch.compile cannot trace math.isfinite of a number that changes
         raise ValueError(f"{name} must be a finite positive number, got {temperature}")
     return float(temperature)
 

@@ -9,6 +9,8 @@ the mean over all rows, as one process with the whole batch would compute it; so
 import torch
 import torch.distributed as dist
 
+NOT_A_MEMBER = "this process is not a member of the given process group; pass a group that contains it"
+
 
 def rank_and_size(group: "dist.ProcessGroup | None") -> tuple[int, int]:
     """Returns this process's rank in the group and the group's size; without a group, 0 and 1.
@@ -20,7 +22,7 @@ def rank_and_size(group: "dist.ProcessGroup | None") -> tuple[int, int]:
         return 0, 1
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError("this process is not a member of the given process group; pass a group that contains it")
+        raise ValueError(NOT_A_MEMBER)
     return rank, dist.get_world_size(group)
 
 
@@ -62,10 +64,40 @@ def _check_equal_sizes(name: str, rows: torch.Tensor, group: "dist.ProcessGroup 
         torch._assert_async((sizes == mine).all(), f"the ranks pass different numbers of rows of {name}; {expectation}")
 
 
+def gather_upstream(
+    name: str, grad: torch.Tensor, rows: int, group: "dist.ProcessGroup | None"
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Returns what the rows of all ranks weigh in a sum over them, given the upstream gradient of each rank's loss.
+
+    Args:
+        name: What the rows are called in an error.
+        grad: The gradient of this rank's loss, 0-d.
+        rows: Number of this rank's rows.
+        group: The process group; None for this process alone.
+
+    Returns:
+        The weights of the rows, at most 1 in size (None stands for 1), and the factor of the sum. A gradient scaler's
+        factor of 65,536 would not fit into float16 with the rows.
+    """
+    if rank_and_size(group)[1] == 1:
+        return None, grad
+    grads = gather_rows(name, grad.reshape(1), group)
+    largest = grads.abs().max()
+    weight = grads / torch.where(largest == 0, 1.0, largest)
+    return weight.repeat_interleave(rows), largest
+
+
 def check_group(group: object) -> None:
-    """Raises TypeError unless `group` is None or a process group."""
+    """Raises unless `group` is None or a process group of which this process is a member.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: It is what `new_group` returns to a process outside the new group.
+    """
     if group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         return
+    if dist.is_available() and isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(NOT_A_MEMBER)
     raise TypeError(
         f"group must be a torch.distributed process group or None for this process alone, got {group!r}; "
         "torch.distributed.group.WORLD stands for all processes once they are initialised"

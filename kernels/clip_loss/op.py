@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..features import check_pair, product_dtype, unit_rows
-from ..groups import check_group, gather_rows, rank_and_size
+from ..groups import check_group, gather_rows, gather_upstream
 from ..passes import as_scale
 from ..registry import Op, check_impl, register
 from ..softmax_col_pass.op import col_pass
@@ -24,7 +24,7 @@ def _check(
     check_pair(a=a, b=b)
     check_group(group)
     if not isinstance(logit_scale, torch.Tensor):
-        if not (math.isfinite(logit_scale) and logit_scale > 0):
+        if not 0 < logit_scale < math.inf:
             raise ValueError(f"logit_scale must be a finite positive number, got {logit_scale}")
         return as_scale(logit_scale, a)
     checks.check_floating("logit_scale", logit_scale)
@@ -57,7 +57,6 @@ class _CLIP(torch.autograd.Function):
         ctx: Any, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, group: Any, impl: str
     ) -> Any:
         """Computes the loss; keeps the features, the softmax means and the log-sum-exps: O(N d)."""
-        ctx.rank, ctx.size = rank_and_size(group)
         ctx.group, ctx.impl, ctx.scale_dtype = group, impl, scale.dtype
         needed = any(ctx.needs_input_grad[:3])
         a, b = a.to(dtype), b.to(dtype)
@@ -65,11 +64,12 @@ class _CLIP(torch.autograd.Function):
         all_a, all_b = gather_rows("a", a, group), gather_rows("b", b, group)
         a_lse, a_mean = row_pass(a, all_b, None, None, factor, [], False, needed, impl)
         b_lse, b_mean = row_pass(b, all_a, None, None, factor, [], False, needed, impl)
-        cosine = (a.to(a_lse.dtype) * b.to(a_lse.dtype)).sum(1).mean()
+        cosine = (a.to(a_lse.dtype) * b.to(a_lse.dtype)).sum(1)
         if needed:
             lses = gather_rows("a", a_lse, group), gather_rows("b", b_lse, group)
-            ctx.save_for_backward(a, b, all_a, all_b, factor, a_mean, b_mean, *lses, cosine)
-        return (a_lse.mean() + b_lse.mean()) / 2 - factor * cosine
+            ctx.save_for_backward(a, b, all_a, all_b, factor, a_mean, b_mean, *lses, cosine.mean())
+        # Row by row: these are large, their difference is not.
+        return ((a_lse + b_lse) / 2 - factor * cosine).mean()
 
     @staticmethod
     @once_differentiable
@@ -77,9 +77,7 @@ class _CLIP(torch.autograd.Function):
         """Returns the gradients of all ranks' losses to this rank's features, and of its own loss to the scale."""
         a, b, all_a, all_b, factor, a_mean, b_mean, a_lse, b_lse, cosine = ctx.saved_tensors
         rows = a.shape[0]
-        weight = None
-        if ctx.size > 1:  # the upstream gradient of each rank's loss
-            weight = gather_rows("a", grad.reshape(1), ctx.group).repeat_interleave(rows)
+        weight, upstream = gather_upstream("a", grad, rows, ctx.group)
         wide = [features.to(a_mean.dtype) for features in (a, b)]
         results: list[torch.Tensor | None] = []
         for index, (own, others, lse, mean) in enumerate(((a, all_b, b_lse, a_mean), (b, all_a, a_lse, b_mean))):
@@ -88,8 +86,7 @@ class _CLIP(torch.autograd.Function):
                 continue
             # What this side is as a key of the other side's rows, on every rank.
             as_key = col_pass(others, own, lse, None, weight, None, factor, [], ctx.impl)
-            if weight is None:
-                as_key *= grad
+            as_key *= upstream
             result = (mean - 2 * wide[1 - index]).mul_(grad).add_(as_key).mul_(factor / (2 * rows))
             results.append(result)
         to_scale = None

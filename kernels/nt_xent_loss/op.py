@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ..features import check_pair, check_temperature, cosines_are_bounded, product_dtype, unit_rows
-from ..groups import check_group, gather_rows, rank_and_size
+from ..groups import check_group, gather_rows, gather_upstream, rank_and_size
 from ..passes import as_scale
 from ..registry import Op, check_impl, register
 from ..softmax_col_pass.op import col_pass
@@ -35,7 +35,7 @@ class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, dtype: torch.dtype, temperature: float, group: Any, impl: str) -> Any:
         """Computes the loss; keeps the features, the softmax means and the log-sum-exps: O(N d)."""
-        rank, size = rank_and_size(group)
+        rank, _ = rank_and_size(group)
         rows = z.shape[0]
         local = z.to(dtype)
         everyone = gather_rows("z1 and z2", local, group)
@@ -45,10 +45,11 @@ class _NTXent(torch.autograd.Function):
             *([rank * rows], cosines_are_bounded(temperature), ctx.needs_input_grad[0], impl),
         )
         first, second = local.to(lse.dtype).chunk(2)
-        loss = lse.mean() - (first * second).sum(1).mean() / temperature
+        logit = (first * second).sum(1) / temperature
+        loss = (lse.view(2, -1) - logit).mean()  # row by row: both are large, their difference is not
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(local, everyone, scale, mean, gather_rows("z1 and z2", lse, group))
-        ctx.temperature, ctx.group, ctx.rank, ctx.size, ctx.impl = temperature, group, rank, size, impl
+        ctx.temperature, ctx.group, ctx.rank, ctx.impl = temperature, group, rank, impl
         return loss
 
     @staticmethod
@@ -61,12 +62,9 @@ class _NTXent(torch.autograd.Function):
         """
         local, everyone, scale, mean, lse = ctx.saved_tensors
         rows = local.shape[0]
-        weight = None
-        if ctx.size > 1:  # the upstream gradient of each rank's loss
-            weight = gather_rows("z1 and z2", grad.reshape(1), ctx.group).repeat_interleave(rows)
+        weight, factor = gather_upstream("z1 and z2", grad, rows, ctx.group)
         as_key = col_pass(everyone, local, lse, None, weight, None, scale, [-ctx.rank * rows], ctx.impl)
-        if weight is None:
-            as_key *= grad
+        as_key *= factor
         positive = local.to(mean.dtype).roll(rows // 2, 0)
         result = (mean - 2 * positive).mul_(grad).add_(as_key).mul_(1 / (ctx.temperature * rows))
         return result, None, None, None, None
