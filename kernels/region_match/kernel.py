@@ -16,6 +16,7 @@ from . import reference
 PROGRAMS = 256  # that a launch aims at where there are few rows: a fixed number, so that every GPU does the same
 BLOCK = 64  # tokens of a tile's side: the least that the matrix units of compute capability 9.0 take
 MERGE_BLOCK = 128
+ODD_CHUNK = 16  # columns at a time where rows begin at odd addresses: each value is then a load of its own
 CHUNK_BYTES = 128  # of a row at a time; with more, products of full float32 precision spill
 EPS = tl.constexpr(reference.EPS)
 LOWEST = tl.constexpr(reference.LOWEST)
@@ -198,6 +199,7 @@ def forward(
     index = torch.empty((shares, len(teacher_tokens), rows), dtype=torch.int64, device=student.device)
     similarity = torch.empty(index.shape, dtype=torch.float32, device=student.device)
     int64 = needs_int64(student, teacher, index)
+    odd = any(size % 16 for size in (width, student.stride(0), teacher.stride(0)))
     launch(
         match_kernel,
         (programs, len(teacher_tokens), shares),
@@ -222,9 +224,9 @@ def forward(
         PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         UPCAST_DOT=interpreting(),  # whose products in bf16 are wrong
         BLOCK=BLOCK,
-        CHUNK=CHUNK_BYTES // student.element_size(),
+        CHUNK=ODD_CHUNK if odd else CHUNK_BYTES // student.element_size(),
         INT64=int64,
-        num_warps=4,
+        num_warps=8 if odd else 4,  # half the accumulators in each lane, whose registers hold addresses
         num_stages=3,
     )
     if shares == 1:
@@ -278,5 +280,7 @@ def representative_calls() -> dict[str, Callable[..., Passes]]:
         "bf16 one pair 49 C768": partial(_example, torch.bfloat16, student=(49,), teacher=(49,), skip="nothing"),
         "bf16 neighbours N4096 C384": partial(neighbours, torch.bfloat16),
         "fp32 neighbours N4096 C384": partial(neighbours, torch.float32),
+        "bf16 2x49+8x9 C385": partial(_example, torch.bfloat16, width=385),
+        "fp32 2x49+8x9 C385": partial(_example, torch.float32, width=385),
         "bf16 2x49+8x9 C768 int64 offsets": partial(_example, torch.bfloat16, batch=2**14),
     }

@@ -29,7 +29,7 @@ def crops(
     student: tuple[int, ...] = (9, 9, 4),
     teacher: tuple[int, ...] = (9, 9),
     batch: int = 2,
-    width: int = 40,
+    width: int = 80,
     **options: object,
 ) -> Problem:
     generator = torch.Generator().manual_seed(width)
@@ -38,13 +38,13 @@ def crops(
     return Problem({"student": rows, "teacher": others, **tokens, **options})
 
 
-def pair(student: int, teacher: int, batch: int = 2, width: int = 40) -> Problem:
+def pair(student: int, teacher: int, batch: int = 2, width: int = 80) -> Problem:
     generator = torch.Generator().manual_seed(student)
     rows, others = (torch.randn(batch, tokens, width, generator=generator) for tokens in (student, teacher))
     return Problem({"student": rows, "teacher": others})
 
 
-def neighbours(count: int, width: int = 40) -> Problem:
+def neighbours(count: int, width: int = 80) -> Problem:
     return Problem({"x": torch.randn(count, width, generator=torch.Generator().manual_seed(count))})
 
 
