@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.kernels import knn_topk
+
 from ..data import DataConfig, Source
 from .features import Features, evaluation_mode, evaluation_view, extract
 
@@ -37,10 +39,10 @@ def knn_predict(
     neighbours = min(neighbours, len(bank.vectors))
     classes = int(bank.labels.max()) + 1
     keys = F.normalize(bank.vectors, dim=1)
+    found = knn_topk(F.normalize(queries, dim=1), keys, neighbours, chunk=chunk)
     predictions = []
-    for part in F.normalize(queries, dim=1).split(chunk):
-        similarity, nearest = (part @ keys.T).topk(neighbours, dim=1)
-        votes = similarity.new_zeros(len(part), classes)
+    for similarity, nearest in zip(*(part.split(chunk) for part in found), strict=True):
+        votes = similarity.new_zeros(len(similarity), classes)
         votes.scatter_add_(1, bank.labels[nearest], (similarity / temperature).exp())
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
