@@ -328,7 +328,7 @@ def test_planted_faults_are_noticed(fault, tmp_path):
                 assert equal.max() == 5
                 assert region_match(-ones, ones, impl="triton")[1].max() < 0
 
-    odd = crops((9, 9, 4), (9, 67))
+    odd = crops((9, 9, 4), (9, 100))
     twice = torch.zeros(66, 8)
     twice[2, 0] = twice[5, 1] = twice[64, 0] = twice[65, 1] = 1
     check_noticed(fault, tmp_path, check)
