@@ -114,17 +114,18 @@ def _dry(ops: tuple[str, ...]) -> int:
 
 
 def _table(measured: dict[str, dict[str, resources.Resources]]) -> Table:
-    table = Table("kernel", "cc", "registers", "shared", "loads", "stores", "faults", title="compiled kernels")
+    table = Table("kernel", "cc", "registers", "shared", "loads", "stores", "mma", "faults", title="compiled kernels")
     for name, row in measured.items():
         for index, (target, entry) in enumerate(row.items()):
             widths = [
                 ", ".join(f"{count}x{width}" for width, count in counts.items())
                 for counts in (entry.loads, entry.stores)
             ]
+            mma = ", ".join(f"{count} {instruction}" for instruction, count in entry.mma.items())
             faults = "; ".join(resources.faults(entry, int(target)))
             capability = f"{int(target) // 10}.{int(target) % 10}"
             numbers = (str(entry.registers), str(entry.shared))
-            table.add_row("" if index else name, capability, *numbers, *widths, faults)
+            table.add_row("" if index else name, capability, *numbers, *widths, mma, faults)
     return table
 
 

@@ -1,8 +1,8 @@
-"""What the compiled Triton kernels use: registers, stack, shared memory, and the widths of their loads and stores.
+"""What the compiled Triton kernels use: registers, stack, shared memory, widths of loads and stores, tensor cores.
 
-Everything here works without a GPU. The launchers are called on meta tensors and their launches recorded; each is
-compiled ahead of time for every target with the signature that the just-in-time compiler would derive; the machine
-code is read back with cuobjdump. `resources.json` holds the numbers, so that a change shows up in a diff.
+Everything here works without a GPU. The launchers are called on meta tensors and their launches recorded for every
+target; each is compiled ahead of time with the signature that the just-in-time compiler would derive; the machine code
+is read back with cuobjdump. `resources.json` holds the numbers, so that a change shows up in a diff.
 """
 
 import collections
@@ -31,7 +31,15 @@ TABLE = Path(__file__).with_name("resources.json")
 # Modules with representative_calls(): builders, by name, of arguments on meta tensors for each pass.
 KERNEL_MODULES = tuple(
     f"vitrail.kernels.{op}.kernel"
-    for op in ("random_masking", "masked_patch_gather", "restore_tokens", "masked_patch_loss")
+    for op in (
+        "random_masking",
+        "masked_patch_gather",
+        "restore_tokens",
+        "masked_patch_loss",
+        "region_match",
+        "softmax_row_pass",
+        "softmax_col_pass",
+    )
 )
 
 Name = TypeVar("Name", bound=Hashable)
@@ -58,6 +66,7 @@ class Resources:
         local: Number of local-memory instructions (LDL, STL): spills.
         loads: Number of global load instructions by width in bits.
         stores: Number of global store instructions by width in bits.
+        mma: Number of tensor-core instructions by name: HMMA, and for whole warp groups HGMMA (9.0), UTCHMMA (10.0).
     """
 
     registers: int
@@ -66,35 +75,49 @@ class Resources:
     local: int
     loads: dict[str, int] = field(default_factory=dict)
     stores: dict[str, int] = field(default_factory=dict)
+    mma: dict[str, int] = field(default_factory=dict)
 
 
 @functools.cache
-def collect() -> dict[str, Launch]:
-    """Returns the launches of every representative call, keyed `op/call/kernel`; those that compile alike, once."""
-    launches: dict[str, Launch] = {}
-    seen: set[str] = set()
+def collect() -> dict[tuple[str, int], Launch]:
+    """Returns the launches of every representative call, by `op/call/kernel` and target.
+
+    A launch that compiles as an earlier one does on every target is left out.
+    """
+    launches: dict[tuple[str, int], Launch] = {}
+    seen: set[tuple[int, str]] = set()
     for module_name in KERNEL_MODULES:
         module = importlib.import_module(module_name)
         for call_name, build in module.representative_calls().items():
-            for launch in launches_of(module, build(device="meta")):
-                if variant(launch) in seen:
-                    continue
-                seen.add(variant(launch))
-                launches[f"{module_name.split('.')[-2]}/{call_name}/{launch.kernel.__name__}"] = launch
+            passes = build(device="meta")
+            recorded = {target: launches_of(module, passes, target) for target in CAPABILITIES}
+            new = [
+                (target, launch)
+                for target, made in recorded.items()
+                for launch in made
+                if (target, variant(launch)) not in seen
+            ]
+            seen |= {(target, variant(launch)) for target, launch in new}
+            kernels = dict.fromkeys(launch.kernel.__name__ for _, launch in new)
+            chosen = [(target, launch) for target, made in recorded.items() for launch in made] + new
+            by_name = {(launch.kernel.__name__, target): launch for target, launch in chosen}
+            for kernel, target in ((kernel, target) for kernel in kernels for target in CAPABILITIES):
+                if (kernel, target) in by_name:
+                    name = f"{module_name.split('.')[-2]}/{call_name}/{kernel}"
+                    launches[name, target] = by_name[kernel, target]
     return launches
 
 
-def measure(names: list[str] | None = None) -> dict[str, dict[str, Resources]]:
-    """Compiles the named launches, or all, for every target.
+def measure() -> dict[str, dict[str, Resources]]:
+    """Compiles all launches for every target.
 
     Returns:
         Resources by launch and by compute capability ("80" is 8.0).
     """
-    names = list(collect()) if names is None else names
-    jobs = [(name, capability) for name in names for capability in CAPABILITIES]
+    jobs = [((name, target), target) for name, target in collect()]
     table: dict[str, dict[str, Resources]] = collections.defaultdict(dict)
-    for (name, capability), resources in zip(jobs, compile_all(collect, jobs), strict=True):
-        table[name][str(capability)] = resources
+    for ((name, target), _), resources in zip(jobs, compile_all(collect, jobs), strict=True):
+        table[name][str(target)] = resources
     return dict(table)
 
 
@@ -199,7 +222,8 @@ def parse(listing: str, shared: int) -> Resources:
         else:
             local += 1
     loads, stores = (dict(sorted(counter.items(), key=lambda item: int(item[0]))) for counter in counts.values())
-    return Resources(int(usage[1]), int(usage[2]), shared, local, loads, stores)
+    mma = collections.Counter(re.findall(r"\b(UTC[A-Z]*MMA|[A-Z]G?MMA)\b", listing))
+    return Resources(int(usage[1]), int(usage[2]), shared, local, loads, stores, dict(sorted(mma.items())))
 
 
 def _width(suffix: str) -> str:

@@ -1,5 +1,6 @@
 """The compiled kernels, without a GPU: spills, shared memory, and the committed table of what they use."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from vitrail.kernels import resources
-from vitrail.kernels.launch import Launch
+from vitrail.kernels.launch import Launch, launches_of
 from vitrail.kernels.resources import Resources
 
 pytest.importorskip("triton")
@@ -23,7 +24,13 @@ LISTING = """
         /*0130*/        STG.E.64 desc[UR4][R2.64], R4 ;
         /*0140*/        LDGSTS.E.128 [R1], desc[UR4][R2.64] ;
         /*0150*/        STL.64 [R1], R4 ;
+        /*0160*/        HGMMA.64x128x16.F32.BF16 R152, gdesc[UR8], RZ, !UPT ;
+        /*0170*/        HGMMA.64x128x16.F32.BF16 R152, gdesc[UR12], R152, gsb0 ;
+        /*0180*/        UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR5], tmem[UR8], idesc[UR9] ;
+        /*0190*/        HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
 """
+
+INSTRUCTIONS = {"HGMMA": 2, "HMMA": 1, "UTCHMMA": 1}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,31 @@ def test_loads_and_stores_are_as_wide_as_the_layout_allows(measured, kernel, loa
         assert store is None or min(map(int, entry.stores)) == store
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["row", "col"])
+@pytest.mark.parametrize("call", ["bf16 D256", "bf16 D64", "bf16 D512", "fp16 D96", "tf32 D256"])
+def test_the_softmax_passes_multiply_on_tensor_cores(measured, op, call):
+    row = measured[1][f"softmax_{op}_pass/{call}/{op}_pass_kernel"]
+    assert row["80"].mma.keys() == {"HMMA"}
+    assert row["90"].mma.keys() == {"HGMMA"}
+    assert row["100"].mma.keys() == {"UTCHMMA"}
+
+
+@pytest.mark.slow
+def test_the_softmax_passes_fit_consumer_gpus(measured):
+    """Those of the capabilities 8.6, 8.9 and 12.0, which launch what is compiled for 8.0 here."""
+    passes = {name: row["80"].shared for name, row in measured[1].items() if name.startswith("softmax") and "80" in row}
+    assert passes
+    assert max(passes.values()) <= 101_376, passes
+
+
+def test_launches_are_recorded_for_a_target():
+    module = importlib.import_module("vitrail.kernels.softmax_row_pass.kernel")
+    passes = module.representative_calls()["bf16 D256"](device="meta")
+    first = {target: launches_of(module, passes, target)[0].options for target in resources.CAPABILITIES}
+    assert {target: options["BLOCK_KEYS"] for target, options in first.items()} == {80: 64, 90: 128, 100: 64}
+
+
 def test_faults_of_a_bad_kernel_are_found():
     assert resources.faults(SPILLING, 90) == ["16 B of stack and 4 local-memory instructions, expected none"]
     assert resources.faults(Resources(32, 0, 200_000, 0), 80) == ["200000 B of shared memory, the limit is 166912 B"]
@@ -85,7 +117,7 @@ def test_faults_of_a_bad_kernel_are_found():
 
 
 def test_a_listing_is_read_by_width_and_spills_are_counted():
-    expected = Resources(40, 0, 1024, 1, {"8": 1, "32": 1, "128": 1}, {"64": 1})
+    expected = Resources(40, 0, 1024, 1, {"8": 1, "32": 1, "128": 1}, {"64": 1}, INSTRUCTIONS)
     assert resources.parse(LISTING, 1024) == expected
 
 
