@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from rich.table import Table
 
+from . import tuner
 from .checks import interpreting, triton_installed
 from .flags import FLAGS
 from .registry import ops
@@ -49,21 +50,21 @@ def support() -> Table:
 
 
 def configurations() -> Table:
-    """Returns, for each op, the GPUs with tuned launch configurations, and what this machine's launches take."""
+    """Returns the GPUs with launch configurations for each op that has any to choose, and what is taken here."""
     table = Table("op", "tuned on", "here", title="launch configurations")
     folder = source()
-    for op in ops():
+    for name in tuner.kernel_modules() if triton_installed() else ():
         if folder is None:
-            table.add_row(op.name, "", "defaults: VITRAIL_CONFIGS switches the lookup off")
+            table.add_row(name, "", "defaults: VITRAIL_CONFIGS switches the lookup off")
             continue
-        files = sorted(path.stem for path in (folder / op.name / "configs").glob("*.json"))
+        files = sorted(path.stem for path in (folder / name / "configs").glob("*.json"))
         if not torch.cuda.is_available():
             here = "nothing: no GPU"
-        elif config_file(folder, op.name, torch.cuda.get_device_name()).stem in files:
+        elif config_file(folder, name, torch.cuda.get_device_name()).stem in files:
             here = "tuned"
         else:
-            here = f"defaults; python -m vitrail.kernels tune {op.name}"
-        table.add_row(op.name, ", ".join(files) or "no GPU yet", here)
+            here = f"defaults; python -m vitrail.kernels tune {name}"
+        table.add_row(name, ", ".join(files) or "no GPU yet", here)
     return table
 
 
