@@ -52,5 +52,6 @@ def update_center_(
     total = torch.cat([teacher.to(dtype).sum(0), teacher.new_full((1,), teacher.shape[0], dtype=dtype)])
     if rank_and_size(group)[1] > 1:
         dist.all_reduce(total, group=group)
-    mean = weight.to(dtype) @ (total[:-1] / total[-1])
+    with torch.autocast(center.device.type, enabled=False):  # which would round the mean
+        mean = weight.to(dtype) @ (total[:-1] / total[-1])
     return center.lerp_(mean.to(center.dtype), 1 - momentum)

@@ -4,6 +4,8 @@ Half the matrix products of the two passes, since nothing is computed twice; in 
 memory several times, and a teacher row's logits are computed again for each student row that is held to it.
 """
 
+from typing import Any
+
 import torch
 
 from ..passes import compute_dtype
@@ -11,8 +13,16 @@ from .pairs import counts, weights
 
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of logits; there are three such buffers at most
 
+LIFT = {torch.float16: 2.0**10}  # factor of the gradient to the logits: over 65,536 prototypes fp16 would lose it
 
-def forward(
+
+def forward(student: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the loss and its gradients to student [R, d] and student prototypes [K, d], empty where unneeded."""
+    with torch.autocast(student.device.type, enabled=False):  # operands have its dtype already; sums must not
+        return _forward(student, *rest)
+
+
+def _forward(
     student: torch.Tensor,
     student_prototypes: torch.Tensor,
     teacher: torch.Tensor,
@@ -27,7 +37,6 @@ def forward(
     need_student: bool,
     need_prototypes: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the loss and its gradients to student [R, d] and student prototypes [K, d], empty where unneeded."""
     dtype, device = compute_dtype(student), student.device
     if device.type == "cpu":  # whose products of half-precision matrices round their results
         student, teacher = student.to(dtype), teacher.to(dtype)
@@ -39,6 +48,7 @@ def forward(
     to_student = torch.empty((rows if need_student else 0, width), dtype=dtype, device=device)
     to_prototypes = torch.zeros((prototypes if need_prototypes else 0, width), dtype=dtype, device=device)
 
+    lift = LIFT.get(student.dtype, 1.0)
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     size = min(max(budget // (prototypes * dtype.itemsize), 16), rows)
     buffers = [
@@ -60,19 +70,20 @@ def forward(
             if index:
                 target += into
         _product(student[part], student_prototypes.T, logits).mul_(student_scale)
-        dots = torch.linalg.vecdot(logits, target)
+        dots = _dots(logits, target)
         total, lse = _exponentiate(logits, student_bounded)
         terms[part] = lse * count[part] - dots
         if not (need_student or need_prototypes):
             continue
-        gradient = logits.mul_((count[part] / total)[:, None]).sub_(target)  # to the logits, but for the weight
+        # To the logits, but for the weight.
+        gradient = logits.mul_((count[part] * lift / total)[:, None]).sub_(target, alpha=lift)
         if need_prototypes:
             weighted = (student[part] * row_weight[part, None]).to(student.dtype)
-            to_prototypes += _product(gradient.T.to(student.dtype), weighted)
+            _add_product(to_prototypes, gradient.T.to(student.dtype), weighted)
         if need_student:
             to_student[part] = _product(gradient.to(student.dtype), student_prototypes)
     loss = (terms * row_weight).sum() * factor
-    factor = factor * student_scale
+    factor = factor * student_scale / lift
     if need_student:
         to_student *= (row_weight * factor)[:, None]
     return loss, to_student, to_prototypes.mul_(factor)
@@ -83,6 +94,21 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None =
     if left.dtype.itemsize == 2:
         return torch.mm(left, right, out_dtype=torch.float32, out=out)
     return torch.mm(left, right, out=out)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds a matrix product to `total`, for float32 operands without another matrix of its size."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += _product(left, right)
+
+
+def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Returns the inner product of each pair of rows, in parts, since PyTorch forms their elementwise product."""
+    size = max(left.shape[1] // 16, 1)
+    parts = zip(left.split(size, 1), right.split(size, 1), strict=True)
+    return torch.stack([torch.linalg.vecdot(a, b) for a, b in parts]).sum(0)
 
 
 def _exponentiate(logits: torch.Tensor, bounded: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,7 +86,7 @@ def _check(
     teacher_scale, teacher_bounded = _scale(
         "teacher_temp", teacher_temp, student, normalized, 1 if center is None else 2
     )
-    bias = None if center is None else -center.detach() * teacher_scale
+    bias = None if center is None else -center.detach().to(teacher_scale.dtype) * teacher_scale
     return (
         *(student, student_matrix, teacher.detach(), teacher_matrix, bias, match, weight),
         *(student_scale, teacher_scale, student_bounded, teacher_bounded, True, True),
@@ -105,7 +105,10 @@ def _scale(
     """Returns 1 / temperature, and whether logits that are `largest` before it can go without a maximum."""
     if isinstance(temperature, torch.Tensor):
         checks.check_shape(name, temperature, ())
-        return as_scale(1 / temperature, like), False
+        if temperature.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but the loss has none to it; pass {name}.detach()")
+        checks.check_same_device(student=like, **{name: temperature})
+        return as_scale(1 / temperature.to(compute_dtype(like)), like), False
     scale = 1 / check_temperature(name, temperature)
     return as_scale(scale, like), normalized and 1.01 * largest * scale <= MAX_BOUNDED_LOGIT
 
@@ -299,8 +302,8 @@ def prototype_cross_entropy(
 
     Raises:
         TypeError: A dtype does not fit, or prototypes are neither a matrix nor a layer.
-        ValueError: A shape, device or temperature does not fit, there is no row, prototypes have a bias, or the centre
-            or the weight requires a gradient.
+        ValueError: A shape, device or temperature does not fit, there is no row, prototypes have a bias, or the centre,
+            a temperature or the weight requires a gradient.
         UnsupportedError: `impl` names an implementation that cannot run this call.
     """
     check_impl(impl)

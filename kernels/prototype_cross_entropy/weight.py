@@ -24,6 +24,7 @@ def prototype_weight(name: str, prototypes: torch.Tensor | nn.Module) -> torch.T
             )
         direction, length = (getattr(prototypes, attribute, None) for attribute in ("weight_v", "weight_g"))
         if isinstance(direction, torch.Tensor) and isinstance(length, torch.Tensor):
+            checks.check_shape(f"weight_g of {name}", length, (direction.shape[0], 1))
             prototypes = torch._weight_norm(direction, length, 0)
         else:
             prototypes = getattr(prototypes, "weight", None)  # type: ignore[assignment]
