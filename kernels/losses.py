@@ -181,6 +181,8 @@ class PrototypeCrossEntropy(nn.Module):
             raise ValueError(f"centering must be one of {', '.join(map(repr, CENTERING))}, got {centering!r}")
         if not 0 <= center_momentum <= 1:
             raise ValueError(f"center_momentum must lie between 0 and 1, got {center_momentum}")
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {iterations}")
         check_group(group)
         self.student_temp = check_temperature("student_temp", student_temp)
         self.centering, self.center_momentum, self.iterations = centering, center_momentum, iterations

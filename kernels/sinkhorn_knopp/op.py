@@ -62,43 +62,45 @@ OP = register(Op(name="sinkhorn_knopp", bind=_bind, implementations=ROW_PASS.imp
 
 
 def _alternate(
-    of_rows: Callable[[torch.Tensor | None], torch.Tensor],
+    of_rows: Callable[[torch.Tensor], torch.Tensor],
     of_columns: Callable[[torch.Tensor | None], torch.Tensor],
     iterations: int,
     group: dist.ProcessGroup | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Runs the iterations on the logarithms of the scaling vectors.
 
     Constant factors cancel: neither the matrix's sum nor its sizes are ever needed, so each iteration takes one
     K-vector over the ranks. In logarithms nothing overflows either, whatever the logits.
 
     Args:
-        of_rows: From the columns' log-scales [K], or None for 0, the log-sum-exp of each row [B].
+        of_rows: From the columns' log-scales [K] the log-sum-exp of each row [B].
         of_columns: From the rows' log-scales [B], or None for 0, the log-sum-exp of each column [K].
         iterations: How many.
         group: Ranks that hold further rows.
 
     Returns:
-        The log-scales of the rows and of the columns. The last step was the rows', which therefore sum to 1.
+        The log-scales of the columns. The last step, the rows', is left to the softmax that takes these.
     """
-    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
     for _ in range(iterations):
+        rows = None if columns is None else -of_rows(columns)
         columns = -_over_ranks(of_columns(rows), group)
-        rows = -of_rows(columns)
-    assert rows is not None
-    return rows, columns
+        columns = columns - columns.mean()  # or the two vectors drift apart by log(K / B) in each iteration
+    assert columns is not None
+    return columns
 
 
 def _over_ranks(lse: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Returns the log-sum-exp over the ranks of each element of [K]."""
     if rank_and_size(group)[1] == 1:
         return lse
-    # One number is subtracted from all, so that the sums stay in range; float64 holds what lies e^700 below it.
+    # One number is subtracted from all, so that the sums stay in range; float64 holds what lies e^700 below it. What
+    # lies lower still is taken for that: no logarithm of 0 shall make the rest of the matrix NaN.
     peak = lse.max()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     total = (lse - peak).double().exp()
     dist.all_reduce(total, group=group)
-    return total.log().to(lse.dtype) + peak
+    return total.clamp(min=torch.finfo(total.dtype).tiny).log().to(lse.dtype) + peak
 
 
 @torch.no_grad()
@@ -129,18 +131,15 @@ def sinkhorn_knopp(
         ValueError: A shape does not fit, the batch is empty, or temperature or iterations are out of range.
     """
     _check("logits", logits, temperature, iterations, group)
-    scaled = logits.to(compute_dtype(logits)) / temperature
+    scaled = logits.detach().to(compute_dtype(logits)) / temperature
 
-    def shifted(vector: torch.Tensor | None) -> torch.Tensor:
-        return scaled if vector is None else scaled + vector
-
-    rows, columns = _alternate(
-        lambda columns: shifted(columns).logsumexp(1),
-        lambda rows: shifted(None if rows is None else rows[:, None]).logsumexp(0),
+    columns = _alternate(
+        lambda columns: (scaled + columns).logsumexp(1),
+        lambda rows: (scaled if rows is None else scaled + rows[:, None]).logsumexp(0),
         iterations,
         group,
     )
-    return (scaled + columns).add_(rows[:, None]).exp_()
+    return scaled.add_(columns).softmax(1)
 
 
 @torch.no_grad()
@@ -185,7 +184,7 @@ def sinkhorn_center(
         result: torch.Tensor = row_pass(queries, keys, None, bias, scale, [], False, False, impl)[0]
         return result
 
-    _, columns = _alternate(
+    columns = _alternate(
         lambda columns: lse(features, weight, columns),
         lambda rows: lse(weight, features, rows),
         iterations,

@@ -1,13 +1,13 @@
 import logging
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from ladder import kernel_device
 
-from vitrail.kernels import UnsupportedError, explain, masked_patch_gather, random_masking
+from vitrail.kernels import UnsupportedError, explain, masked_patch_gather, random_masking, registry
 from vitrail.kernels.checks import interpreting
 from vitrail.kernels.launch import INT32_BYTES, needs_int64
 from vitrail.kernels.registry import Implementation, Op, ops
@@ -40,6 +40,54 @@ def test_auto_takes_the_first_implementation_without_reasons():
     assert op.choose("forward", "auto", (on_gpu(2),)).name == "triton"
     assert op.choose("forward", "auto", (torch.empty(2),)).name == "reference"
     assert op.choose("forward", "reference", (on_gpu(2),)).name == "reference"
+
+
+def with_reservation(*reservations: str) -> Op:
+    """An op whose kernel could run but had better not."""
+    kernel, chunked, reference = make_op(("triton", []), ("chunked", []), ("reference", [])).implementations
+    kernel = replace(kernel, reservations={"forward": lambda *_: list(reservations)})
+    return Op(name="example", bind=lambda *args: args, implementations=(kernel, chunked, reference))
+
+
+def test_auto_heeds_a_reservation_and_a_name_does_not(monkeypatch, caplog):
+    op = with_reservation("the others are faster")
+    with caplog.at_level(logging.WARNING, logger="vitrail.kernels"):
+        assert op.choose("forward", "auto", (on_gpu(11),)).name == "chunked"
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "example (forward): chunked, not triton, because it could run, but the others are faster"
+    )
+    assert op.choose("forward", "triton", (on_gpu(11),)).name == "triton"
+    assert with_reservation().choose("forward", "auto", (on_gpu(11),)).name == "triton"
+    monkeypatch.setenv("VITRAIL_IMPL", "triton")
+    assert op.choose("forward", "auto", (on_gpu(11),)).name == "triton"
+
+
+def test_a_reservation_is_not_asked_about_what_cannot_run():
+    op = make_op(("triton", ["no"]), ("reference", []))
+    kernel = replace(op.implementations[0], reservations={"forward": lambda *_: 1 / 0})
+    assert kernel.against("forward", (on_gpu(2),)) == ["no"]
+    assert kernel.against("forward", ()) == ["no"]
+
+
+def test_explain_tells_reservations(monkeypatch):
+    monkeypatch.setattr(registry, "_ops", {"example": with_reservation("the others are faster")})
+    reasons = explain("example", on_gpu(2))
+    assert reasons == {"triton": ["it could run, but the others are faster"], "chunked": [], "reference": []}
+
+
+def test_on_the_cpu_auto_passes_over_kernels_and_no_more():
+    op = make_op(("cuda", []), ("triton", []), ("chunked", []), ("reference", []))
+    assert op.choose("forward", "auto", (torch.empty(2),)).name == "chunked"
+    assert op.choose("forward", "auto", (on_gpu(2),)).name == "cuda"
+    assert op.choose("forward", "chunked", (on_gpu(2),)).name == "chunked"
+
+
+def test_the_choices_are_checked():
+    for impl in ("auto", "cuda", "triton", "chunked", "reference"):
+        registry.check_impl(impl)
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference'"):
+        registry.check_impl("eager")
 
 
 def test_a_named_implementation_that_cannot_run_raises_its_reasons():
