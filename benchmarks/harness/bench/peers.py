@@ -25,6 +25,16 @@ def _no_apex(device: torch.device) -> str | None:
     return _no_gpu(device)
 
 
+def _no_linear_cross_entropy(device: torch.device) -> str | None:
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    return f"torch {torch.__version__} has no chunked torch.nn.functional.linear_cross_entropy"
+
+
+def _chosen_anyway(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "is what vitrail chooses on a CPU"
+
+
 @dataclass(frozen=True)
 class Peer:
     """What an implementation needs."""
@@ -39,12 +49,15 @@ class Peer:
 
 PEERS = {
     "vitrail": Peer(),
+    "vitrail passes": Peer(),
+    "vitrail chunked": Peer(device=_chosen_anyway),
     "eager": Peer(),
     "compiled": Peer(),
     "SDPA": Peer(),
     "FlexAttention": Peer(),
     "torch foreach": Peer(),
     "torch loop": Peer(),
+    "linear_cross_entropy": Peer(device=_no_linear_cross_entropy),
     "timm": Peer("timm", "pip install timm"),
     "transformers": Peer("transformers", "pip install transformers"),
     "lightly": Peer("lightly", "pip install lightly"),
