@@ -1,7 +1,8 @@
 """The loss from PyTorch's own matrix products: the logits of some rows at a time, and at once their gradient.
 
 Half the matrix products of the two passes, since nothing is computed twice; in exchange every logit travels through
-memory several times, and a teacher row's logits are computed again for each student row that is held to it.
+memory several times. A teacher's probabilities are kept where those of all its rows fit into one part, as those of
+class tokens do; else they are computed again for each student row that is held to them.
 """
 
 from typing import Any
@@ -11,9 +12,18 @@ import torch
 from ..passes import compute_dtype
 from .pairs import counts, weights
 
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of logits; there are three such buffers at most
-
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of logits; there are four such buffers at most
 LIFT = {torch.float16: 2.0**10}  # factor of the gradient to the logits: over 65,536 prototypes fp16 would lose it
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Returns how large a part is."""
+    return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+
+
+def teacher_fits(rows: int, prototypes: int, device: torch.device) -> bool:
+    """Whether the probabilities of all the teacher's rows are kept."""
+    return 4 * rows * prototypes <= chunk_bytes(device)
 
 
 def forward(student: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,8 +59,11 @@ def _forward(
     to_prototypes = torch.zeros((prototypes if need_prototypes else 0, width), dtype=dtype, device=device)
 
     lift = LIFT.get(student.dtype, 1.0)
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-    size = min(max(budget // (prototypes * dtype.itemsize), 16), rows)
+    size = min(max(chunk_bytes(device) // (prototypes * dtype.itemsize), 16), rows)
+    kept = None
+    if match is not None and teacher_fits(teacher.shape[0], prototypes, device):
+        kept = _product(teacher, teacher_prototypes.T).mul_(teacher_scale)
+        _normalise(kept, bias, teacher_bounded)
     buffers = [
         torch.empty((size, prototypes), dtype=dtype, device=device)
         for _ in range(2 if match is None or len(match) == 1 else 3)
@@ -60,13 +73,15 @@ def _forward(
         logits, target, *scratch = (buffer[: part.stop - start] for buffer in buffers)
         for index, view in enumerate((None,) if match is None else match[:, part]):
             into = scratch[0] if index else target
-            valid = None if view is None else view >= 0
-            chosen = teacher[part] if view is None else teacher[view.clamp(min=0)]
-            _product(chosen, teacher_prototypes.T, into).mul_(teacher_scale)
-            if bias is not None:
-                into += bias
-            total, _ = _exponentiate(into, teacher_bounded)
-            into *= (1 / total if valid is None else valid / total)[:, None]
+            row = None if view is None else view.clamp(min=0)
+            if kept is not None and row is not None:
+                torch.index_select(kept, 0, row, out=into)
+            else:
+                chosen = teacher[part] if row is None else teacher[row]
+                _product(chosen, teacher_prototypes.T, into).mul_(teacher_scale)
+                _normalise(into, bias, teacher_bounded)
+            if view is not None:
+                into *= (view >= 0)[:, None]
             if index:
                 target += into
         _product(student[part], student_prototypes.T, logits).mul_(student_scale)
@@ -109,6 +124,14 @@ def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     size = max(left.shape[1] // 16, 1)
     parts = zip(left.split(size, 1), right.split(size, 1), strict=True)
     return torch.stack([torch.linalg.vecdot(a, b) for a, b in parts]).sum(0)
+
+
+def _normalise(logits: torch.Tensor, bias: torch.Tensor | None, bounded: bool) -> None:
+    """Replaces the logits of a teacher, but for the bias, by its probabilities."""
+    if bias is not None:
+        logits += bias
+    total, _ = _exponentiate(logits, bounded)
+    logits /= total[:, None]
 
 
 def _exponentiate(logits: torch.Tensor, bounded: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from ..library import define
 from ..passes import MAX_BOUNDED_LOGIT, as_scale, compute_dtype
 from ..registry import Implementation, Op, check_impl, register
 from ..softmax_row_pass.op import DTYPES, MAX_WIDTH
+from .chunked import teacher_fits
 from .weight import prototype_weight
 
 Prototypes = torch.Tensor | torch.nn.Module
@@ -20,7 +21,8 @@ Prototypes = torch.Tensor | torch.nn.Module
 KERNEL_RATE = {"half": 490e12, "tf32": 240e12, "float32": 25e12}
 LIBRARY_RATE = {"half": 630e12, "tf32": 320e12, "float32": 50e12}
 COPY_RATE = 3.3e12
-STUDENT_BYTES, TEACHER_BYTES = 44, 36  # that the chunked way moves for each logit of a student row and of a pair
+STUDENT_BYTES, TEACHER_BYTES = 44, 36  # that the chunked way moves for each logit of a student and of a teacher row
+GATHER_BYTES = 24  # and for each probability of a pair, where the teacher's are kept
 
 
 def _check(
@@ -152,16 +154,19 @@ def _slower_than_chunks(
 
     An estimate from sizes alone. The passes multiply each row with the prototypes twice for the loss and, where these
     get a gradient, twice again. Chunks multiply once for the logits of each row and pair, and once for each gradient,
-    but move every logit through memory; and they compute a teacher row again for each student row that is held to it.
+    but move every logit through memory; and unless the teacher's probabilities are few enough to be kept, they compute
+    a teacher row again for each student row that is held to it.
     """
     *_, need_student, need_prototypes = flags
     rows, views = student.shape[0], 1 if match is None else match.shape[0]
     kind = _kind(student.dtype)
     unit = 2.0 * student_prototypes.shape[0] * student.shape[1]  # of one row with all prototypes
     passes = (teacher.shape[0] + rows) * (4 if need_prototypes else 2) * unit / KERNEL_RATE[kind]
-    pairs = rows * views
-    products = (rows * (1 + need_student + need_prototypes) + pairs) * unit / LIBRARY_RATE[kind]
-    moved = (rows * STUDENT_BYTES + pairs * TEACHER_BYTES) * student_prototypes.shape[0] / COPY_RATE
+    kept = match is not None and teacher_fits(teacher.shape[0], student_prototypes.shape[0], student.device)
+    teachers = teacher.shape[0] if kept else rows * views
+    products = (rows * (1 + need_student + need_prototypes) + teachers) * unit / LIBRARY_RATE[kind]
+    numbers = rows * STUDENT_BYTES + teachers * TEACHER_BYTES + (rows * views * GATHER_BYTES if kept else 0)
+    moved = numbers * student_prototypes.shape[0] / COPY_RATE
     if passes <= products + moved:
         return []
     return [

@@ -132,14 +132,22 @@ def sinkhorn_knopp(
     """
     _check("logits", logits, temperature, iterations, group)
     scaled = logits.detach().to(compute_dtype(logits)) / temperature
+    balanced = scaled.sub_(_over_ranks(scaled.logsumexp(0), group)).softmax(1)
 
-    columns = _alternate(
-        lambda columns: (scaled + columns).logsumexp(1),
-        lambda rows: (scaled if rows is None else scaled + rows[:, None]).logsumexp(0),
-        iterations,
-        group,
-    )
-    return scaled.add_(columns).softmax(1)
+    # The first iteration, in logarithms, takes logits of any size. From here on they are not needed: column sums lie
+    # between 1 / K and B, since what is divided by its rows' sums, of K numbers up to 1, had columns that sum to 1.
+    columns = balanced.new_ones(balanced.shape[1])
+    rows = balanced.new_ones(balanced.shape[0])
+    with torch.autocast(logits.device.type, enabled=False):  # which would round the products
+        for _ in range(iterations - 1):
+            total = balanced.T @ rows
+            if rank_and_size(group)[1] > 1:
+                dist.all_reduce(total, group=group)
+            # In proportion, else they would grow by K / B each time. Over ranks a prototype may be too far below the
+            # largest logit: it is left out.
+            columns = torch.where(total > 0, total.mean() / total, 0)
+            rows = 1 / (balanced @ columns)
+    return balanced.mul_(columns).mul_(rows[:, None])
 
 
 @torch.no_grad()

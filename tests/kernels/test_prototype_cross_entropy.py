@@ -163,6 +163,14 @@ def test_any_pairs(data, views, weight):
         check(case, torch.float64, impl)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_teacher_that_is_kept(case, dtype):
+    """In parts as large as they are, all of these teachers' probabilities fit into one."""
+    assert chunks.teacher_fits(40, 65, kernel_device())
+    check(problem(**CASES[case]), dtype, "chunked")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_chunk_and_several_agree(monkeypatch, impl):
     case = problem(50, 12, views=2, weight="some").to(torch.float64, "cpu" if impl != "triton" else kernel_device())
@@ -351,7 +359,7 @@ def reservation(*arguments: object) -> list[str]:
 
 
 def test_where_chunks_are_expected_to_be_faster():
-    """EsViT's regions in bf16 go to the passes, in plain float32 to the chunks; so do very wide features."""
+    """EsViT's regions in bf16 go to the passes, in plain float32 to the chunks."""
     esvit = (21_760, 12_544, 65_536, 256, 2)
     assert torch.get_float32_matmul_precision() == "highest"
     assert reservation(*esvit, torch.bfloat16) == []
@@ -446,12 +454,11 @@ def test_errors_name_the_value_and_the_expectation(change, error, message):
 
 
 def check_everything(impl: str) -> None:
-    patch = pytest.MonkeyPatch()
-    with patch.context():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(importlib.import_module(CHUNKED).CHUNK_BYTES, "cpu", 1)
         check(problem(33, 12, 17, 6, views=2, center=True, weight="some"), torch.float32, impl)
         check(problem(33, 12, 17, 6, views=2, center=True), torch.float32, impl)
-    patch.undo()
+    check(problem(33, 12, 17, 6, views=2, center=True, weight="some"), torch.float32, impl)
 
 
 @pytest.mark.parametrize(
@@ -508,16 +515,18 @@ def test_faults_planted_in_the_passes_are_noticed(fault, tmp_path):
     [
         Fault("last chunk dropped", CHUNKED, "range(0, rows, size)", "range(0, rows - 1, size)"),
         Fault("last chunks of dW alone", CHUNKED, "total.addmm_(left, right)", "total.copy_(left @ right)"),
-        Fault("-1 taken as a match", CHUNKED, "else view >= 0", "else view >= -1"),
+        Fault("-1 taken as a match", CHUNKED, "(view >= 0)[:, None]", "(view >= -1)[:, None]"),
+        Fault("wrong row of a kept teacher", CHUNKED, "(kept, 0, row,", "(kept, 0, 0 * row,"),
         Fault("number of teachers missing", CHUNKED, "lse * count[part]", "lse"),
         Fault("number of teachers missing in the gradient", CHUNKED, "(count[part] * lift / total)", "(lift / total)"),
         Fault("weight ignored in the loss", CHUNKED, "(terms * row_weight)", "terms"),
         Fault("weight ignored in dW", CHUNKED, "student[part] * row_weight[part, None]", "student[part]"),
         Fault("weight ignored in dX", CHUNKED, "(row_weight * factor)[:, None]", "factor"),
         Fault("scale missing in dW", CHUNKED, "mul_(factor)", "mul_(factor / student_scale)"),
-        Fault("centre with the wrong sign", CHUNKED, "into += bias", "into -= bias"),
+        Fault("centre with the wrong sign", CHUNKED, "logits += bias", "logits -= bias"),
         Fault("last teacher alone", CHUNKED, "target += into", "target.copy_(into)"),
         Fault("wrong temperature", CHUNKED, "into).mul_(teacher_scale)", "into).mul_(student_scale)"),
+        Fault("wrong temperature of what is kept", CHUNKED, "T).mul_(teacher_scale)", "T).mul_(student_scale)"),
         Fault("maximum missing", CHUNKED, "total.log() + peak", "total.log()"),
         Fault("-1 counted", PAIRS, "(match >= 0)", "(match >= -1)", (CHUNKED,)),
         Fault("mean over rows, not pairs", PAIRS, "1 / count.sum()", "1 / torch.ones_like(count).sum()", (CHUNKED,)),

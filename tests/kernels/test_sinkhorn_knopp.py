@@ -211,7 +211,10 @@ def test_errors_of_the_centre(change, error, message):
         Fault("centre with the wrong sign", SOURCE, "columns * -temperature", "columns * temperature"),
         Fault("temperature missing in the centre", SOURCE, "columns * -temperature", "-columns"),
         Fault("temperature ignored", SOURCE, "scale = as_scale(1 / temperature", "scale = as_scale(1"),
-        Fault("columns missing in the result", SOURCE, "scaled.add_(columns)", "scaled"),
+        Fault("columns missing in the result", SOURCE, "balanced.mul_(columns)", "balanced"),
+        Fault("rows missing in the result", SOURCE, ".mul_(rows[:, None])", ""),
+        Fault("one iteration less on logits", SOURCE, "in range(iterations - 1)", "in range(iterations - 2)"),
+        Fault("rows ignored in the columns' sums", SOURCE, "balanced.T @ rows", "balanced.sum(0)"),
     ],
     ids=lambda fault: fault.name,
 )
@@ -249,11 +252,13 @@ for name, group, split in (("three", dist.group.WORLD, [20, 0, 13]), ("two", pai
     target = sinkhorn_knopp(teacher @ inputs["prototypes"].T, 0.7, group=group)
     collectives = list(reduced)
     centre = sinkhorn_center(teacher, inputs["prototypes"], 0.7, group=group)
+    center_collectives = reduced[len(collectives):]
     far = sinkhorn_knopp(1000 * teacher @ inputs["prototypes"].T, 0.07, group=group)
     parts = [None] * len(split)
     dist.all_gather_object(parts, target.tolist(), group=group)
     results[name] = {
         "target": sum(parts, []), "centre": centre.tolist(), "collectives": collectives,
+        "center_collectives": center_collectives,
         "finite": bool(far.isfinite().all()),
     }
 if rank == 0:
@@ -274,5 +279,6 @@ def test_ranks_with_unequal_rows_balance_as_one_process_would(tmp_path):
         torch.testing.assert_close(torch.tensor(result["target"]), expected, rtol=1e-5, atol=1e-6)
         center = sinkhorn_center(teacher, prototypes, 0.7)
         torch.testing.assert_close(torch.tensor(result["centre"]), center, rtol=1e-5, atol=1e-5)
-        assert result["collectives"] == [1, 17] * 3  # a scalar and one K-vector for each iteration
+        assert result["collectives"] == [1, 17, 17, 17]  # a K-vector for each iteration and a scalar for the first
+        assert result["center_collectives"] == [1, 17] * 3
         assert result["finite"]
