@@ -3,6 +3,7 @@
 import torch
 
 from ..passes import compute_dtype, logits_in_chunks
+from ..symmetric import applies, col_pass
 
 
 def forward(
@@ -16,6 +17,10 @@ def forward(
     exclude: list[int],
 ) -> torch.Tensor:
     """Returns the sum over rows i of weight_i exp(logit_ij - lse_i) x_i, [M, dx]."""
+    if x is None and applies(queries, keys, bias, exclude):
+        result = col_pass(queries, lse, weight, scale, exclude)
+        if result is not None:
+            return result
     dtype = compute_dtype(queries)
     rows = (queries if x is None else x).to(dtype)
     # What the log-sum-exp of a row without a key is subtracted from must come out as probability 0.

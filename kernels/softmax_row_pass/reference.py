@@ -3,6 +3,7 @@
 import torch
 
 from ..passes import compute_dtype, logits_in_chunks
+from ..symmetric import applies, row_pass
 
 
 def forward(
@@ -16,6 +17,8 @@ def forward(
     need_output: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-sum-exp [N] of the logits, and softmax(logits) times the values [N, dv], or [0, dv] unneeded."""
+    if bounded and values is None and applies(queries, keys, bias, exclude):
+        return row_pass(queries, scale, exclude, need_output)
     dtype = compute_dtype(queries)
     rows = queries.shape[0]
     values = (keys if values is None else values).to(dtype)
