@@ -26,13 +26,16 @@ def rank_and_size(group: "dist.ProcessGroup | None") -> tuple[int, int]:
     return rank, dist.get_world_size(group)
 
 
-def gather_rows(name: str, rows: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
+def gather_rows(
+    name: str, rows: torch.Tensor, group: "dist.ProcessGroup | None", *, equal: bool = False
+) -> torch.Tensor:
     """Concatenates the rows of all ranks in rank order. No gradient flows through.
 
     Args:
         name: What the rows are called in an error.
         rows: [n, ...]; n, the dtype and the further sizes must be the same on every rank.
         group: The process group; None returns `rows` themselves.
+        equal: Whether the ranks are known to hold equally many, from an earlier call.
 
     Returns:
         [size n, ...].
@@ -44,7 +47,8 @@ def gather_rows(name: str, rows: torch.Tensor, group: "dist.ProcessGroup | None"
     _, size = rank_and_size(group)
     if size == 1:
         return rows
-    _check_equal_sizes(name, rows, group, size)
+    if not equal:
+        _check_equal_sizes(name, rows, group, size)
     gathered = rows.new_empty((size * rows.shape[0], *rows.shape[1:]))
     dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
     return gathered
@@ -65,12 +69,11 @@ def _check_equal_sizes(name: str, rows: torch.Tensor, group: "dist.ProcessGroup 
 
 
 def gather_upstream(
-    name: str, grad: torch.Tensor, rows: int, group: "dist.ProcessGroup | None"
+    grad: torch.Tensor, rows: int, group: "dist.ProcessGroup | None"
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Returns what the rows of all ranks weigh in a sum over them, given the upstream gradient of each rank's loss.
 
     Args:
-        name: What the rows are called in an error.
         grad: The gradient of this rank's loss, 0-d.
         rows: Number of this rank's rows.
         group: The process group; None for this process alone.
@@ -81,7 +84,7 @@ def gather_upstream(
     """
     if rank_and_size(group)[1] == 1:
         return None, grad
-    grads = gather_rows(name, grad.reshape(1), group)
+    grads = gather_rows("upstream gradients", grad.reshape(1), group, equal=True)
     largest = grads.abs().max()
     weight = grads / torch.where(largest == 0, 1.0, largest)
     return weight.repeat_interleave(rows), largest

@@ -61,12 +61,12 @@ class _CLIP(torch.autograd.Function):
         needed = any(ctx.needs_input_grad[:3])
         a, b = a.to(dtype), b.to(dtype)
         factor = as_scale(scale, a)
-        all_a, all_b = gather_rows("a", a, group), gather_rows("b", b, group)
+        all_a, all_b = gather_rows("a", a, group), gather_rows("b", b, group, equal=True)
         a_lse, a_mean = row_pass(a, all_b, None, None, factor, [], False, needed, impl)
         b_lse, b_mean = row_pass(b, all_a, None, None, factor, [], False, needed, impl)
         cosine = (a.to(a_lse.dtype) * b.to(a_lse.dtype)).sum(1)
         if needed:
-            lses = gather_rows("a", a_lse, group), gather_rows("b", b_lse, group)
+            lses = (gather_rows("lse", lse, group, equal=True) for lse in (a_lse, b_lse))
             ctx.save_for_backward(a, b, all_a, all_b, factor, a_mean, b_mean, *lses, cosine.mean())
         # Row by row: these are large, their difference is not.
         return ((a_lse + b_lse) / 2 - factor * cosine).mean()
@@ -77,7 +77,7 @@ class _CLIP(torch.autograd.Function):
         """Returns the gradients of all ranks' losses to this rank's features, and of its own loss to the scale."""
         a, b, all_a, all_b, factor, a_mean, b_mean, a_lse, b_lse, cosine = ctx.saved_tensors
         rows = a.shape[0]
-        weight, upstream = gather_upstream("a", grad, rows, ctx.group)
+        weight, upstream = gather_upstream(grad, rows, ctx.group)
         wide = [features.to(a_mean.dtype) for features in (a, b)]
         results: list[torch.Tensor | None] = []
         for index, (own, others, lse, mean) in enumerate(((a, all_b, b_lse, a_mean), (b, all_a, a_lse, b_mean))):

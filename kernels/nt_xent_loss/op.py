@@ -48,7 +48,7 @@ class _NTXent(torch.autograd.Function):
         logit = (first * second).sum(1) / temperature
         loss = (lse.view(2, -1) - logit).mean()  # row by row: both are large, their difference is not
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(local, everyone, scale, mean, gather_rows("z1 and z2", lse, group))
+            ctx.save_for_backward(local, everyone, scale, mean, gather_rows("lse", lse, group, equal=True))
         ctx.temperature, ctx.group, ctx.rank, ctx.impl = temperature, group, rank, impl
         return loss
 
@@ -62,7 +62,7 @@ class _NTXent(torch.autograd.Function):
         """
         local, everyone, scale, mean, lse = ctx.saved_tensors
         rows = local.shape[0]
-        weight, factor = gather_upstream("z1 and z2", grad, rows, ctx.group)
+        weight, factor = gather_upstream(grad, rows, ctx.group)
         as_key = col_pass(everyone, local, lse, None, weight, None, scale, [-ctx.rank * rows], ctx.impl)
         as_key *= factor
         positive = local.to(mean.dtype).roll(rows // 2, 0)

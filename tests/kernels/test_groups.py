@@ -103,7 +103,7 @@ def test_without_a_group_nothing_is_gathered():
     rows = torch.ones(3, 2)
     assert gather_rows("rows", rows, None) is rows
     assert rank_and_size(None) == (0, 1)
-    weight, factor = gather_upstream("rows", torch.tensor(3.0), 2, None)
+    weight, factor = gather_upstream(torch.tensor(3.0), 2, None)
     assert weight is None
     assert factor == 3
 
