@@ -100,6 +100,14 @@ def finite(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def check_close(function: Callable[..., Any], eager: Callable[..., Any], case: Problem) -> None:
+    """Checks the kernel where what matters is which terms are summed: of a few numbers, a baseline can be lucky."""
+    truth = evaluate(eager, case.to(torch.float32).to(torch.float64))
+    for name, got in evaluate(partial(function, impl="triton"), case.to(torch.float32, kernel_device())).items():
+        largest = truth[name].abs().max().item() if truth[name].numel() else 0.0
+        torch.testing.assert_close(got.cpu().double(), truth[name], rtol=0, atol=2e-5 * largest + 1e-30)
+
+
 check_row = partial(check_accuracy, finite(softmax_row_pass), finite(eager_row))
 check_col = partial(check_accuracy, softmax_col_pass, eager_col)
 
@@ -164,7 +172,7 @@ offsets = st.lists(st.integers(-90, 90), max_size=2)
 @given(**sizes, value_width=st.sampled_from([0, 1, 24]), bias=st.booleans(), exclude=offsets, bounded=st.booleans())
 def test_any_row_pass(rows, count, width, value_width, bias, exclude, bounded):
     case = row_problem(rows, count, width, value_width, bias, exclude=exclude, bounded=bounded)
-    check_row(case, torch.float32, "triton")
+    check_close(finite(softmax_row_pass), finite(eager_row), case)
     check_row(case, torch.float64)
 
 
@@ -172,7 +180,7 @@ def test_any_row_pass(rows, count, width, value_width, bias, exclude, bounded):
 @given(**sizes, x_width=st.sampled_from([0, 1, 24]), bias=st.booleans(), exclude=offsets, weight=st.booleans())
 def test_any_column_pass(rows, count, width, x_width, bias, exclude, weight):
     case = col_problem(rows, count, width, x_width, bias, weight, exclude=exclude)
-    check_col(case, torch.float32, "triton")
+    check_close(softmax_col_pass, eager_col, case)
     check_col(case, torch.float64)
 
 
