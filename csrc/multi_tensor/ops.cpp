@@ -1,0 +1,105 @@
+// The operations over lists as ops of PyTorch: one function each for CPU and CUDA.
+#include <tuple>
+
+#include "backends.h"
+#include "host_lists.h"
+
+namespace vitrail {
+namespace {
+
+using List = std::vector<Tensor>;
+using Maybe = std::optional<Tensor>;
+
+void ema_op(List teachers, List students, List shadows, Tensor momentum, Maybe found_inf) {
+  std::vector<Stream> streams{{"teacher", teachers, false}, {"student", students, true}};
+  if (!shadows.empty()) streams.push_back({"shadow", shadows, true, true});
+  const HostLists lists(streams);
+  const auto device = lists.device();
+  const EmaCall call{lists.groups(), !shadows.empty(), scalar("momentum", momentum, device),
+                     flag("found_inf", found_inf, device)};
+  VITRAIL_RUN(ema, call, lists);
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_op(List tensors) {
+  const HostLists lists({{"tensors", tensors, true}});
+  const auto result = [&](torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    return torch::stable::new_empty(tensors.front(), sizes, ScalarType::Float);
+  };
+  const Tensor total = result({}), norms = result({lists.count()}), found_inf = result({});
+  List kept;
+  const NormCall call{lists.groups(),
+                      lists.count(),
+                      lists.sizes(),
+                      workspace<float>(kept, total, lists.chunks()),
+                      workspace<double>(kept, total, lists.count() + 1),
+                      static_cast<float*>(norms.data_ptr()),
+                      static_cast<float*>(total.data_ptr()),
+                      static_cast<float*>(found_inf.data_ptr())};
+  VITRAIL_RUN(norm, call, lists);
+  return {total, norms, found_inf};
+}
+
+void scale_op(List tensors, Tensor scales) {
+  const HostLists lists({{"tensors", tensors, true}});
+  const Scales factors(scales, lists.count(), lists.device());
+  const ScaleCall call{lists.groups(), factors.values, factors.one_for_all};
+  VITRAIL_RUN(scale, call, lists);
+}
+
+void adamw_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List teachers, List param_copies,
+              List teacher_copies, List steps, Tensor lr, Tensor ema_momentum, double beta1, double beta2, double eps,
+              double weight_decay, Maybe scales, Maybe found_inf) {
+  std::vector<Stream> streams{{"params", params, true},
+                              {"grads", grads, true},
+                              {"exp_avgs", exp_avgs, false},
+                              {"exp_avg_sqs", exp_avg_sqs, false}};
+  if (!teachers.empty()) streams.push_back({"teachers", teachers, false});
+  if (!param_copies.empty()) streams.push_back({"param_copies", param_copies, true, true});
+  if (!teacher_copies.empty()) streams.push_back({"teacher_copies", teacher_copies, true, true});
+  require(!teachers.empty() || teacher_copies.empty(), "teacher_copies are given without teachers; pass both");
+  const HostLists lists(streams);
+  const auto device = lists.device();
+  const Scales factors(scales, lists.count(), device);
+  const auto counters = step_pointers(steps, lists.count(), device);
+  List kept;
+  const AdamWCall call{lists.groups(),
+                       !teachers.empty(),
+                       !param_copies.empty(),
+                       !teacher_copies.empty(),
+                       lists.count(),
+                       counters.data(),
+                       {beta1, beta2, weight_decay, float(eps)},
+                       scalar("lr", lr, device),
+                       scalar("ema_momentum", ema_momentum, device),
+                       factors.values,
+                       factors.one_for_all,
+                       flag("found_inf", found_inf, device),
+                       workspace<AdamWCoefficients>(kept, params.front(), lists.count())};
+  VITRAIL_RUN(adamw, call, lists);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vitrail_C, m) {
+  m.def(
+      "multi_tensor_ema_(Tensor(a!)[] teachers, Tensor[] students, Tensor(b!)[] shadows, Tensor momentum, "
+      "Tensor? found_inf) -> ()");
+  m.def("multi_tensor_norm(Tensor[] tensors) -> (Tensor, Tensor, Tensor)");
+  m.def("multi_tensor_scale_(Tensor(a!)[] tensors, Tensor scales) -> ()");
+  m.def(
+      "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] teachers, Tensor(e!)[] param_copies, Tensor(f!)[] teacher_copies, Tensor(g!)[] steps, Tensor lr, "
+      "Tensor ema_momentum, float beta1, float beta2, float eps, float weight_decay, Tensor? scales, "
+      "Tensor? found_inf) -> ()");
+}
+
+#define VITRAIL_REGISTER(m)                            \
+  m.impl("multi_tensor_ema_", TORCH_BOX(&ema_op));     \
+  m.impl("multi_tensor_norm", TORCH_BOX(&norm_op));    \
+  m.impl("multi_tensor_scale_", TORCH_BOX(&scale_op)); \
+  m.impl("adamw_ema_", TORCH_BOX(&adamw_op));
+
+STABLE_TORCH_LIBRARY_IMPL(vitrail_C, CPU, m) { VITRAIL_REGISTER(m) }
+STABLE_TORCH_LIBRARY_IMPL(vitrail_C, CUDA, m) { VITRAIL_REGISTER(m) }
+
+}  // namespace vitrail

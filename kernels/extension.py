@@ -1,0 +1,68 @@
+"""The compiled extension `_C`: whether it is there, why not, and its ops.
+
+It registers the dispatcher namespace `vitrail_C`, for CUDA tensors and, from the same source, for CPU tensors. In the
+registry it is the implementation called `cuda`.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checks import MIN_CAPABILITY, capability
+
+RECORD = Path(__file__).with_name("extension.json")  # written by setup.py
+REMEDY = "VITRAIL_BUILD_EXT=1 pip install --no-build-isolation . builds it, or says what is missing"
+
+
+@functools.cache
+def missing() -> str | None:
+    """Returns why the extension cannot be used at all, or None if it is loaded."""
+    if importlib.util.find_spec("vitrail.kernels._C") is None:
+        why = facts().get("missing", "nobody built it")
+        return f"the compiled extension is not there: {why}; {REMEDY}"
+    try:
+        importlib.import_module("vitrail.kernels._C")
+    except ImportError as error:
+        return f"the compiled extension does not load: {error}; {REMEDY}"
+    return None
+
+
+def facts() -> dict[str, str]:
+    """Returns what setup.py wrote down: `toolkit`, `torch` and `architectures`, or why the extension is `missing`."""
+    try:
+        told: dict[str, str] = json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        return {}
+    return told
+
+
+def reasons(device: torch.device) -> list[str]:
+    """Returns why the extension cannot run on `device`."""
+    why = missing()
+    if why is not None:
+        return [why]
+    if device.type == "cpu":
+        return []
+    if device.type != "cuda":
+        return [f"the tensors are on {device}; move them to a CUDA device or the CPU"]
+    if capability(device) < MIN_CAPABILITY:
+        have, want = (".".join(map(str, pair)) for pair in (capability(device), MIN_CAPABILITY))
+        return [f"{device} has compute capability {have}; the extension needs {want} or newer"]
+    return []
+
+
+def ops() -> Any:
+    """Returns the extension's ops, loading it if need be.
+
+    Raises:
+        RuntimeError: It is not there, with the reason.
+    """
+    why = missing()
+    if why is not None:
+        raise RuntimeError(why)
+    return torch.ops.vitrail_C
