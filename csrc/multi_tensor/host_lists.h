@@ -24,6 +24,7 @@ struct Stream {
 
 // Whether a tensor's elements fill one stretch of memory, in whatever order of dimensions.
 inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (size_t i = 0; i < sizes.size(); ++i)
@@ -38,8 +39,9 @@ inline bool is_dense(const Tensor& tensor) {
 }
 
 inline bool same_layout(const Tensor& left, const Tensor& right) {
-  const auto sizes = left.sizes(), strides = left.strides(), others = right.sizes(), other_strides = right.strides();
+  const auto sizes = left.sizes(), others = right.sizes();
   if (sizes.size() != others.size()) return false;
+  const auto strides = left.strides(), other_strides = right.strides();
   for (size_t i = 0; i < sizes.size(); ++i)
     if (sizes[i] != others[i] || (sizes[i] > 1 && strides[i] != other_strides[i])) return false;
   return true;
@@ -52,13 +54,15 @@ class HostLists {
     const Stream& first = streams_.front();
     count_ = int64_t(first.tensors.size());
     require(count_ > 0, first.name, " is empty; there is nothing to do");
+    device_ = first.tensors.front().device();
+    sizes_.reserve(count_);
     for (const Stream& stream : streams_)
       require(int64_t(stream.tensors.size()) == count_, stream.name, " holds ", stream.tensors.size(), " tensors, ",
               first.name, " holds ", count_, "; they must correspond one to one");
     int64_t chunks = 0;
     for (int64_t t = 0; t < count_; ++t) {
-      add(t, chunks);
       sizes_.push_back(first.tensors[t].numel());
+      add(t, chunks);
       chunks += chunks_of(sizes_.back());
     }
     require(chunks <= INT32_MAX, "the lists hold ", chunks, " chunks of ", kChunk, " elements, at most ", INT32_MAX,
@@ -74,7 +78,7 @@ class HostLists {
   int64_t count() const { return count_; }
   int64_t chunks() const { return chunks_; }
   const int64_t* sizes() const { return sizes_.data(); }  // of all tensors, in the caller's order
-  torch::stable::Device device() const { return streams_.front().tensors.front().device(); }
+  torch::stable::Device device() const { return device_; }
 
  private:
   struct Storage {
@@ -91,8 +95,7 @@ class HostLists {
       const Stream& stream = streams_[s];
       const Tensor& tensor = stream.tensors[t];
       const auto name = [&] { return stream.name + "[" + std::to_string(t) + "]"; };
-      const auto device = tensor.device();
-      if (device != this->device()) check_device(name(), tensor, this->device());
+      if (tensor.device() != device_) check_device(name(), tensor, device_);
       const auto type = tensor.scalar_type();
       const bool is_bf16 = type == ScalarType::BFloat16;
       if (stream.must_be_bf16) {
@@ -110,13 +113,15 @@ class HostLists {
                           listed(first.strides()) + "; give both the same layout",
              ", or use the reference");
     }
-    Storage*& storage = by_type_[bf16];
-    if (!storage) {
-      owned_.push_back(std::make_unique<Storage>());
-      storage = owned_.back().get();
+    if (!last_ || bf16 != last_type_) {  // most lists are of one type
+      std::unique_ptr<Storage>& storage = by_type_[bf16];
+      if (!storage) storage = std::make_unique<Storage>();
+      last_ = storage.get();
+      last_type_ = bf16;
     }
+    Storage* const storage = last_;
     for (size_t s = 0; s < streams_.size(); ++s) storage->pointers[s].push_back(streams_[s].tensors[t].data_ptr());
-    storage->sizes.push_back(first.numel());
+    storage->sizes.push_back(sizes_[t]);
     storage->indices.push_back(int32_t(t));
     storage->first_partials.push_back(int32_t(first_partial));
   }
@@ -137,8 +142,10 @@ class HostLists {
   std::vector<Stream> streams_;
   int64_t count_ = 0, chunks_ = 0;
   std::vector<int64_t> sizes_;
-  std::map<unsigned, Storage*> by_type_;
-  std::vector<std::unique_ptr<Storage>> owned_;
+  torch::stable::Device device_{torch::headeronly::DeviceType::CPU};
+  std::map<unsigned, std::unique_ptr<Storage>> by_type_;
+  Storage* last_ = nullptr;  // of the tensor before
+  unsigned last_type_ = 0;
   std::vector<Group> groups_;
 };
 
