@@ -113,7 +113,7 @@ def extension() -> tuple[Extension, dict[str, str]]:
     os.environ["CUDA_HOME"] = str(toolkit)  # read by the next import
     from torch.utils.cpp_extension import CUDAExtension
 
-    strict = ["-O3", "-g0", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]  # the stable ABI of torch 2.11
+    strict = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]  # the stable ABI of torch 2.11
     chosen = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else architecture_flags(version)
     built = CUDAExtension(
         name="vitrail.kernels._C",
@@ -121,7 +121,14 @@ def extension() -> tuple[Extension, dict[str, str]]:
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")),
         extra_compile_args={
             # A multiply-add is fused where the source says so and nowhere else: both sides round alike.
-            "cxx": [*strict, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"],
+            "cxx": [
+                *strict,
+                "-g0",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-fvisibility=hidden",
+            ],
             "nvcc": [*strict, "-fmad=false", "--threads=2", *chosen],
         },
         py_limited_api=True,

@@ -15,9 +15,11 @@ namespace vitrail {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Every check happens before anything is changed; the prefix tells Python that this was one.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream text;
+  text << "vitrail_C: ";
   ((text << parts), ...);
   throw std::runtime_error(text.str());  // arrives in Python as RuntimeError
 }

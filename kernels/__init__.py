@@ -4,6 +4,7 @@ Importing this package needs torch alone. Triton and the compiled extension are 
 them. `python -m vitrail.kernels` prints the environment and what each implementation supports.
 """
 
+from .adamw_ema import FusedAdamWEMA, adamw_ema_
 from .clip_loss import clip_loss
 from .info_nce_loss import info_nce_loss
 from .knn_topk import knn_topk
@@ -12,6 +13,9 @@ from .losses import CLIPLoss, InfoNCELoss, KoLeoLoss, NTXentLoss, PrototypeCross
 from .masked_patch_gather import masked_patch_gather
 from .masked_patch_loss import masked_patch_loss
 from .modules import MaskedPatchEmbed
+from .multi_tensor_ema import multi_tensor_ema_
+from .multi_tensor_norm import multi_tensor_clip_, multi_tensor_norm
+from .multi_tensor_scale import multi_tensor_scale_
 from .nt_xent_loss import nt_xent_loss
 from .prototype_cross_entropy import cross_view_match, prototype_cross_entropy, update_center_
 from .random_masking import random_masking
@@ -24,12 +28,14 @@ from .softmax_row_pass import softmax_row_pass
 
 __all__ = [
     "CLIPLoss",
+    "FusedAdamWEMA",
     "InfoNCELoss",
     "KoLeoLoss",
     "MaskedPatchEmbed",
     "NTXentLoss",
     "PrototypeCrossEntropy",
     "UnsupportedError",
+    "adamw_ema_",
     "clip_loss",
     "cross_view_match",
     "explain",
@@ -38,6 +44,10 @@ __all__ = [
     "koleo_loss",
     "masked_patch_gather",
     "masked_patch_loss",
+    "multi_tensor_clip_",
+    "multi_tensor_ema_",
+    "multi_tensor_norm",
+    "multi_tensor_scale_",
     "nearest_neighbors",
     "nt_xent_loss",
     "prototype_cross_entropy",

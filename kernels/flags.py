@@ -21,7 +21,7 @@ class Flag:
 IMPL = Flag(
     name="VITRAIL_IMPL",
     default="auto",
-    effect='What impl="auto" means: auto, cuda, triton or reference. A name that cannot run a call is an error.',
+    effect='What impl="auto" means: auto, cuda, triton, chunked or reference. A name that cannot run is an error.',
 )
 
 CONFIGS = Flag(
@@ -34,6 +34,11 @@ CONFIGS = Flag(
 FLAGS = (
     IMPL,
     CONFIGS,
+    Flag(
+        name="VITRAIL_BUILD_EXT",
+        default="auto",
+        effect="Read by setup.py: 1 makes it an error if the compiled extension cannot be built, 0 leaves it out.",
+    ),
     Flag(
         name="TRITON_INTERPRET",
         default="0",

@@ -10,7 +10,9 @@ from .registry import Op
 _LIBRARY = torch.library.Library("vitrail", "DEF")
 
 
-def define(op: Op, which: str, arguments: str, returns: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(
+    op: Op, which: str, arguments: str, returns: str, fake: Callable[..., Any], *, opaque: bool = True
+) -> Callable[..., Any]:
     """Defines one pass of `op` as `torch.ops.vitrail.<name>`, or `<name>_backward`.
 
     The choice of implementation happens inside the op, on real tensors: a compiled graph stays the same whichever
@@ -22,6 +24,8 @@ def define(op: Op, which: str, arguments: str, returns: str, fake: Callable[...,
         arguments: Argument list of the schema, all positional and without defaults; `str impl` is appended.
         returns: Return type of the schema.
         fake: Builds outputs of the right shape, dtype and strides from the same arguments without `impl`.
+        opaque: False makes eager calls go straight to the implementation: the dispatcher takes longer over a list of
+            hundreds of tensors than over the rest.
 
     Returns:
         The callable op.
@@ -37,4 +41,6 @@ def define(op: Op, which: str, arguments: str, returns: str, fake: Callable[...,
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"vitrail::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.vitrail, name).default
-    return overload
+    if opaque:
+        return overload
+    return lambda *args: overload(*args) if torch.compiler.is_compiling() else run(*args)

@@ -9,7 +9,7 @@ take these arguments. An empty list means that it can. A later op adds one `Op` 
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 
 from .flags import IMPL
 
-KERNELS = ("cuda", "triton")  # what `auto` never takes on the CPU
-CHOICES = ("auto", *KERNELS, "chunked", "reference")
+CHOICES = ("auto", "cuda", "triton", "chunked", "reference")
+INTERPRETED = "triton"  # on CPU tensors it runs in an interpreter, for tests: `auto` never takes it there
 
 log = logging.getLogger("vitrail.kernels")
 
@@ -41,13 +41,15 @@ class Implementation:
     """One way to run an op.
 
     Attributes:
-        name: `cuda` (compiled extension), `triton`, `chunked` (PyTorch's matrix products on parts of the problem) or
-            `reference` (plain PyTorch).
+        name: `cuda` (the compiled extension, on CPU tensors its C++ twin), `triton`, `chunked` (PyTorch's matrix
+            products on parts of the problem) or `reference` (plain PyTorch).
         module: Absolute name of the module that holds one function per pass, imported on first use.
         reasons: For each pass, a predicate over that pass's arguments that returns the reasons against.
         supports: What it takes, in one line for the support matrix.
         reservations: For some passes, a predicate that returns why `auto` should rather take another implementation
             although this one could run.
+        quick: For some passes, a cheaper predicate to ask before a call in place of `reasons`. What it does not find,
+            the function itself refuses: it raises UnsupportedError before it changes anything.
     """
 
     name: str
@@ -55,10 +57,15 @@ class Implementation:
     reasons: Mapping[str, Callable[..., list[str]]]
     supports: str
     reservations: Mapping[str, Callable[..., list[str]]] = field(default_factory=dict)
+    quick: Mapping[str, Callable[..., list[str]]] = field(default_factory=dict)
 
-    def against(self, which: str, args: tuple[Any, ...]) -> list[str]:
+    def before_call(self, which: str, args: tuple[Any, ...]) -> list[str]:
+        """Returns why this implementation cannot run, as far as that is worth knowing before the call."""
+        return self.quick.get(which, self.reasons[which])(*args)
+
+    def against(self, which: str, args: tuple[Any, ...], *, quick: bool = False) -> list[str]:
         """Returns why `auto` passes this implementation over: it cannot run, or others are expected to be faster."""
-        reasons = self.reasons[which](*args)
+        reasons = self.before_call(which, args) if quick else self.reasons[which](*args)
         if reasons or which not in self.reservations:
             return reasons
         return [f"it could run, but {reservation}" for reservation in self.reservations[which](*args)]
@@ -101,38 +108,55 @@ class Op:
         Args:
             which: `forward` or `backward`.
             impl: `auto` takes the first implementation without a reason or a reservation against it, on CPU tensors
-                the first that is no kernel; a name takes that one.
+                never Triton's interpreter; a name takes that one.
             args: The arguments of the pass.
 
         Raises:
             UnsupportedError: `impl` names an implementation that cannot run `args`.
         """
+        rejected: dict[str, list[str]] = {}
+        chosen = next(self._acceptable(which, impl, args, rejected))
+        _log_once(self.name, which, chosen.name, rejected)
+        return chosen
+
+    def run(self, which: str, impl: str, *args: Any) -> Any:
+        """Runs the pass `which` of this op on `args` with the implementation that `impl` selects, as `choose` does.
+
+        Where `auto` finds that an implementation refuses when called, the next one is tried.
+        """
+        rejected: dict[str, list[str]] = {}
+        for candidate in self._acceptable(which, impl, args, rejected):
+            try:
+                result = candidate.function(which)(*args)
+            except UnsupportedError as error:
+                rejected[candidate.name] = error.reasons
+            else:
+                _log_once(self.name, which, candidate.name, rejected)
+                return result
+        raise UnsupportedError(self.name, impl, [reason for reasons in rejected.values() for reason in reasons])
+
+    def _acceptable(
+        self, which: str, impl: str, args: tuple[Any, ...], rejected: dict[str, list[str]]
+    ) -> Iterator[Implementation]:
+        """Yields what may run a call, in order of preference; notes in `rejected` what may not, and why."""
         if impl == "auto":
             impl = os.environ.get(IMPL.name, IMPL.default)
         if impl != "auto":
             chosen = self.implementation(impl)
-            reasons = chosen.reasons[which](*args)
+            reasons = chosen.before_call(which, args)
             if reasons:
                 raise UnsupportedError(self.name, impl, reasons)
-            return chosen
-
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        candidates = self.implementations
-        if all(tensor.device.type == "cpu" for tensor in tensors):  # there, plain PyTorch is no fallback
-            candidates = tuple(candidate for candidate in candidates if candidate.name not in KERNELS)
-        rejected: dict[str, list[str]] = {}
-        for candidate in candidates:
-            reasons = candidate.against(which, args)
-            if not reasons:
-                break
-            rejected[candidate.name] = reasons
-        if rejected:
-            _log_once(self.name, which, candidate.name, rejected, tensors)
-        return candidate
-
-    def run(self, which: str, impl: str, *args: Any) -> Any:
-        """Runs the pass `which` of this op on `args` with the implementation that `impl` selects."""
-        return self.choose(which, impl, args).function(which)(*args)
+            yield chosen
+            return
+        on_cpu = all(tensor.device.type == "cpu" for tensor in _tensors(args))
+        for candidate in self.implementations:
+            if on_cpu and candidate.name == INTERPRETED:  # there, the reference is no fallback
+                continue
+            reasons = candidate.against(which, args, quick=True)
+            if reasons:
+                rejected[candidate.name] = reasons
+            else:
+                yield candidate
 
 
 _ops: dict[str, Op] = {}
@@ -166,7 +190,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
 
     Returns:
         Reasons by implementation name, in order of preference. `impl="auto"` takes the first with an empty list; on
-        CPU tensors never a kernel, even where the interpreter could run it.
+        CPU tensors never Triton, even where the interpreter could run it.
 
     Raises:
         KeyError: No op of that name.
@@ -186,13 +210,19 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     return {candidate.name: candidate.against("forward", bound) for candidate in entry.implementations}
 
 
-def _log_once(
-    op: str, which: str, chosen: str, rejected: Mapping[str, list[str]], tensors: Sequence[torch.Tensor]
-) -> None:
-    """Logs why implementations were passed over, once for each op and signature."""
-    signature = tuple((tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
-    if (op, which, signature) in _logged:
-        return
-    _logged.add((op, which, signature))
+def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yields the tensors among arguments, of each list the first one: a list lives on one device."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg[:1])
+
+
+def _log_once(op: str, which: str, chosen: str, rejected: Mapping[str, list[str]]) -> None:
+    """Logs why implementations were passed over, once for each op and reason."""
     for name, reasons in rejected.items():
-        log.warning("%s (%s): %s, not %s, because %s", op, which, chosen, name, "; ".join(reasons))
+        told = (op, which, name, *reasons)
+        if told not in _logged:
+            _logged.add(told)
+            log.warning("%s (%s): %s, not %s, because %s", op, which, chosen, name, "; ".join(reasons))

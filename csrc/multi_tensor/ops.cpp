@@ -1,4 +1,4 @@
-// The operations over lists as ops of PyTorch: one function each for CPU and CUDA.
+// The operations over lists as ops of PyTorch: one function each for CPU and CUDA. With `dry` they only check.
 #include <tuple>
 
 #include "backends.h"
@@ -10,17 +10,17 @@ namespace {
 using List = std::vector<Tensor>;
 using Maybe = std::optional<Tensor>;
 
-void ema_op(List teachers, List students, List shadows, Tensor momentum, Maybe found_inf) {
+void ema_op(List teachers, List students, List shadows, Tensor momentum, Maybe found_inf, bool dry) {
   std::vector<Stream> streams{{"teacher", teachers, false}, {"student", students, true}};
   if (!shadows.empty()) streams.push_back({"shadow", shadows, true, true});
   const HostLists lists(streams);
   const auto device = lists.device();
   const EmaCall call{lists.groups(), !shadows.empty(), scalar("momentum", momentum, device),
                      flag("found_inf", found_inf, device)};
-  VITRAIL_RUN(ema, call, lists);
+  if (!dry) VITRAIL_RUN(ema, call, lists);
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_op(List tensors) {
+std::tuple<Tensor, Tensor, Tensor> norm_op(List tensors, bool dry) {
   const HostLists lists({{"tensors", tensors, true}});
   const auto result = [&](torch::headeronly::IntHeaderOnlyArrayRef sizes) {
     return torch::stable::new_empty(tensors.front(), sizes, ScalarType::Float);
@@ -35,20 +35,20 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(List tensors) {
                       static_cast<float*>(norms.data_ptr()),
                       static_cast<float*>(total.data_ptr()),
                       static_cast<float*>(found_inf.data_ptr())};
-  VITRAIL_RUN(norm, call, lists);
+  if (!dry) VITRAIL_RUN(norm, call, lists);
   return {total, norms, found_inf};
 }
 
-void scale_op(List tensors, Tensor scales) {
+void scale_op(List tensors, Tensor scales, bool dry) {
   const HostLists lists({{"tensors", tensors, true}});
   const Scales factors(scales, lists.count(), lists.device());
   const ScaleCall call{lists.groups(), factors.values, factors.one_for_all};
-  VITRAIL_RUN(scale, call, lists);
+  if (!dry) VITRAIL_RUN(scale, call, lists);
 }
 
 void adamw_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List teachers, List param_copies,
               List teacher_copies, List steps, Tensor lr, Tensor ema_momentum, double beta1, double beta2, double eps,
-              double weight_decay, Maybe scales, Maybe found_inf) {
+              double weight_decay, Maybe scales, Maybe found_inf, bool dry) {
   std::vector<Stream> streams{{"params", params, true},
                               {"grads", grads, true},
                               {"exp_avgs", exp_avgs, false},
@@ -75,7 +75,7 @@ void adamw_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List tea
                        factors.one_for_all,
                        flag("found_inf", found_inf, device),
                        workspace<AdamWCoefficients>(kept, params.front(), lists.count())};
-  VITRAIL_RUN(adamw, call, lists);
+  if (!dry) VITRAIL_RUN(adamw, call, lists);
 }
 
 }  // namespace
@@ -83,14 +83,14 @@ void adamw_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List tea
 STABLE_TORCH_LIBRARY_FRAGMENT(vitrail_C, m) {
   m.def(
       "multi_tensor_ema_(Tensor(a!)[] teachers, Tensor[] students, Tensor(b!)[] shadows, Tensor momentum, "
-      "Tensor? found_inf) -> ()");
-  m.def("multi_tensor_norm(Tensor[] tensors) -> (Tensor, Tensor, Tensor)");
-  m.def("multi_tensor_scale_(Tensor(a!)[] tensors, Tensor scales) -> ()");
+      "Tensor? found_inf, bool dry) -> ()");
+  m.def("multi_tensor_norm(Tensor[] tensors, bool dry) -> (Tensor, Tensor, Tensor)");
+  m.def("multi_tensor_scale_(Tensor(a!)[] tensors, Tensor scales, bool dry) -> ()");
   m.def(
       "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] teachers, Tensor(e!)[] param_copies, Tensor(f!)[] teacher_copies, Tensor(g!)[] steps, Tensor lr, "
       "Tensor ema_momentum, float beta1, float beta2, float eps, float weight_decay, Tensor? scales, "
-      "Tensor? found_inf) -> ()");
+      "Tensor? found_inf, bool dry) -> ()");
 }
 
 #define VITRAIL_REGISTER(m)                            \
