@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import checks, patches
+from .. import checks, extension, patches
 from ..library import define
 from ..registry import Implementation, Op, check_impl, register
 
@@ -46,10 +46,46 @@ def _bind(
 
 
 def patch_size_reasons(patch_size: int) -> list[str]:
-    """Returns why the Triton kernels cannot run patches of this size."""
+    """Returns why the compiled kernels cannot run patches of this size."""
     if patch_size in PATCH_SIZES:
         return []
     return [f"patch_size is {patch_size}; the kernel is built for {', '.join(map(str, PATCH_SIZES))}"]
+
+
+def _layout_reasons(images: torch.Tensor) -> list[str]:
+    """Returns why the extension cannot read images of these strides."""
+    *_, pixel, channel = patches.channels_last(images).stride()
+    if pixel == 1 or (pixel, channel) == (patches.CHANNELS, 1):
+        return []
+    return [
+        f"images has strides {list(images.stride())} for shape {list(images.shape)}; the pixels of a row, or those of "
+        "each of its planes, must be adjacent; pass images.contiguous()"
+    ]
+
+
+def _extension_reasons(
+    images: torch.Tensor,
+    indices: torch.Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    columns: int,
+    dtype: torch.dtype,
+) -> list[str]:
+    return (
+        extension.reasons(images.device)
+        + patch_size_reasons(patch_size)
+        + checks.dtype_reasons((torch.uint8,), images=images.dtype)
+        + checks.dtype_reasons(FLOAT_DTYPES, dtype=dtype)
+        + _layout_reasons(images)
+        + checks.last_dim_reasons(indices=indices)
+    )
+
+
+def _extension_backward_reasons(
+    grad: torch.Tensor, images: torch.Tensor, indices: torch.Tensor, patch_size: int, std: Sequence[float]
+) -> list[str]:
+    return ["the extension gathers uint8 images alone, which have no gradient; use triton or the reference"]
 
 
 def _triton_reasons(
@@ -98,6 +134,12 @@ OP = register(
         name="masked_patch_gather",
         bind=_bind,
         implementations=(
+            Implementation(
+                name="cuda",
+                module="vitrail.kernels.masked_patch_gather.extension",
+                reasons={"forward": _extension_reasons, "backward": _extension_backward_reasons},
+                supports="uint8 images with adjacent pixels, interleaved or in planes; patches 8, 14, 16, 32",
+            ),
             Implementation(
                 name="triton",
                 module="vitrail.kernels.masked_patch_gather.kernel",
@@ -175,7 +217,7 @@ def masked_patch_gather(
         pad_to: Number of columns of the result; those beyond 3 P² are zero. 588 pads to 592, whose rows are aligned.
         dtype: Of the result. Default: under autocast its dtype, else the images' if floating, else float32.
             The arithmetic is float32 in any case, float64 if the images or `dtype` are.
-        impl: `auto`, `triton` or `reference`.
+        impl: `auto`, `cuda` (the compiled extension, on CPU tensors its C++ twin), `triton` or `reference`.
 
     Returns:
         [B, V, 3 P²] or [B, V, pad_to]: patches as vectors in the order (row, column, channel). Differentiable with
