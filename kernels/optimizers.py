@@ -1,4 +1,4 @@
-"""What the fused optimisers share: which gradients there are, how they are clipped, and states that keep their dtype."""
+"""What the fused optimisers share: which gradients there are, their clipping, and states that keep their dtype."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator

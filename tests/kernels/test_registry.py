@@ -76,11 +76,50 @@ def test_explain_tells_reservations(monkeypatch):
     assert reasons == {"triton": ["it could run, but the others are faster"], "chunked": [], "reference": []}
 
 
-def test_on_the_cpu_auto_passes_over_kernels_and_no_more():
-    op = make_op(("cuda", []), ("triton", []), ("chunked", []), ("reference", []))
-    assert op.choose("forward", "auto", (torch.empty(2),)).name == "chunked"
-    assert op.choose("forward", "auto", (on_gpu(2),)).name == "cuda"
+def test_on_the_cpu_auto_passes_over_the_interpreter_and_no_more():
+    op = make_op(("triton", []), ("cuda", []), ("chunked", []), ("reference", []))
+    assert op.choose("forward", "auto", (torch.empty(2),)).name == "cuda"
+    assert op.choose("forward", "auto", ([torch.empty(2)], 3)).name == "cuda"
+    assert op.choose("forward", "auto", (on_gpu(2),)).name == "triton"
+    assert op.choose("forward", "auto", ([on_gpu(2)], torch.empty(()))).name == "triton"
     assert op.choose("forward", "chunked", (on_gpu(2),)).name == "chunked"
+
+
+def refusing(monkeypatch) -> tuple[Op, list[str]]:
+    """An op whose first implementation finds only when called that it cannot run; and a list of what ran."""
+    ran: list[str] = []
+
+    def forward(name):
+        def run(*_):
+            ran.append(name)
+            if name == "cuda":
+                raise UnsupportedError("example", name, ["the tensors lie badly"])
+            return name
+
+        return run
+
+    monkeypatch.setattr(Implementation, "function", lambda self, which: forward(self.name))
+    cuda, reference = make_op(("cuda", ["the tensors lie badly"]), ("reference", [])).implementations
+    cuda = replace(cuda, quick={"forward": lambda *_: []})
+    return Op(name="example", bind=lambda *args: args, implementations=(cuda, reference)), ran
+
+
+def test_an_implementation_may_refuse_when_called(monkeypatch, caplog):
+    op, ran = refusing(monkeypatch)
+    with caplog.at_level(logging.WARNING, logger="vitrail.kernels"):
+        assert op.run("forward", "auto", torch.empty(2)) == "reference"
+    assert ran == ["cuda", "reference"]
+    assert "reference, not cuda, because the tensors lie badly" in caplog.text
+    with pytest.raises(UnsupportedError, match="the tensors lie badly"):
+        op.run("forward", "cuda", torch.empty(2))
+    assert ran == ["cuda", "reference", "cuda"]
+
+
+def test_explain_asks_for_every_reason(monkeypatch):
+    op, ran = refusing(monkeypatch)
+    monkeypatch.setattr(registry, "_ops", {"example": op})
+    assert explain("example", torch.empty(2)) == {"cuda": ["the tensors lie badly"], "reference": []}
+    assert not ran
 
 
 def test_the_choices_are_checked():
@@ -98,13 +137,16 @@ def test_a_named_implementation_that_cannot_run_raises_its_reasons():
     assert "\n  - second reason" in str(caught.value)
 
 
-def test_rejections_are_logged_once_per_signature(caplog):
-    op = make_op(("triton", ["the moon is full"]), ("reference", []))
+def test_rejections_are_logged_once_per_reason(caplog):
+    phases = iter(["the moon is full", "the moon is full", "the moon is new"])
+    op = make_op(("triton", []), ("reference", []))
+    kernel = replace(op.implementations[0], reasons={"forward": lambda *_: [next(phases)]})
+    op = replace(op, implementations=(kernel, op.implementations[1]))
     with caplog.at_level(logging.WARNING, logger="vitrail.kernels"):
-        for size in (5, 5, 6):
+        for size in (5, 6, 6):
             op.choose("forward", "auto", (on_gpu(size),))
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["example (forward): reference, not triton, because the moon is full"] * 2
+    assert messages == [f"example (forward): reference, not triton, because the moon is {x}" for x in ("full", "new")]
 
 
 def test_nothing_is_logged_for_cpu_tensors(caplog):
