@@ -72,7 +72,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"parameters must be of a real floating dtype, got {param.dtype}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step.
 
         Args:

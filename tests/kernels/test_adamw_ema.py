@@ -65,8 +65,11 @@ def test_it_is_torchs_fused_adamw_and_lerp_bit_for_bit(request):
 
 
 def ulps(left, right, before):
-    """Largest distance in units in the last place of what was added: the value before, at least the step."""
-    size = torch.maximum(right.abs(), before.abs()).clamp(min=LR)
+    """Largest distance in units in the last place of the value, before or after, or of two steps where it is smaller.
+
+    A step is itself the result of several roundings; a value that is smaller than it inherits them all.
+    """
+    size = torch.maximum(right.abs(), before.abs()).clamp(min=2 * LR)
     spacing = torch.nextafter(size, torch.tensor(math.inf)) - size
     return ((left - right).abs() / spacing).max().item() if left.numel() else 0.0
 
