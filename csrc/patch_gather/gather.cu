@@ -1,4 +1,5 @@
 // Patch gather on the GPU: a warp for each patch, which loads its windows into shared memory and writes whole octets.
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -76,24 +77,18 @@ struct Packed {
   }
 };
 
-// Loads the windows of a patch, all of a lane's before the first one is needed.
+// Copies the windows of a patch into the stage. All are under way at once, and none waits in a register.
 template <class Patch>
 __device__ __forceinline__ void load_windows(const Patch& patch, unsigned lane, uint4* stage) {
-  constexpr unsigned kItems = Patch::kSegments * Patch::kWindows, kLoads = (kItems + kWarp - 1) / kWarp;
-  uint4 windows[kLoads];
 #pragma unroll
-  for (unsigned i = 0; i < kLoads; ++i) {
-    const unsigned item = lane + i * kWarp, number = item / Patch::kWindows, window = item % Patch::kWindows;
-    windows[i] = make_uint4(0, 0, 0, 0);
-    if (item < kItems) {
-      const unsigned lead = patch.lead(number);
-      const uint8_t* source = patch.segment(number) - lead + window * kWindow;
-      if (Patch::wanted(window, lead)) windows[i] = __ldg(reinterpret_cast<const uint4*>(source));
-    }
+  for (unsigned first = 0; first < Patch::kItems; first += kWarp) {
+    const unsigned item = first + lane;
+    const uint8_t* source = item < Patch::kItems ? patch.window(item) : nullptr;
+    if (source) __pipeline_memcpy_async(stage + item, source, kWindow);
   }
-#pragma unroll
-  for (unsigned i = 0; i < kLoads; ++i)
-    if (lane + i * kWarp < kItems) stage[lane + i * kWarp] = windows[i];
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  __syncwarp();
 }
 
 // Writes the values of a staged patch.
@@ -133,7 +128,6 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   if (index >= 0 && index < call.patches) {
     const Patch patch(call, sample, int32_t(index));
     load_windows(patch, lane, stages[warp]);
-    __syncwarp();
     write_values<kWide>(patch, reinterpret_cast<const uint32_t*>(stages[warp]), lane, call, out, alignment);
     written = Patch::kOctets;
   }

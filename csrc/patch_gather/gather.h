@@ -128,8 +128,9 @@ struct Patch {
   static constexpr unsigned kSegments = kPlanar ? 3 * kSize : kSize;
   static constexpr unsigned kLength = kPlanar ? kSize : 3 * kSize;          // bytes of a segment
   static constexpr unsigned kWindows = (kLength + 2 * kWindow - 2) / kWindow;  // that a segment can overlap
-  static constexpr unsigned kPitch = kWindows * kWindow;                    // bytes between segments of the stage
-  static constexpr unsigned kStage = kSegments * kPitch + kWindow;          // the last funnel looks beyond the last segment
+  static constexpr unsigned kPitch = kWindows * kWindow;  // bytes between segments of the stage
+  static constexpr unsigned kItems = kSegments * kWindows;
+  static constexpr unsigned kStage = kItems * kWindow + kWindow;  // bytes; a funnel looks beyond the last segment
   // Where this does not hold, an octet can begin in one row of a patch and end in the next.
   static constexpr bool kWithinRows = kSize % 8 == 0;
 
@@ -159,8 +160,11 @@ struct Patch {
     return (first + number * row_step) % kWindow;
   }
 
-  // Whether a window of a segment holds any of its bytes.
-  static VITRAIL_HD bool wanted(unsigned window, unsigned lead) { return window * kWindow < lead + kLength; }
+  // Where window number `item` of the stage lies in memory, which is aligned, or null if it holds no byte of the patch.
+  VITRAIL_HD const uint8_t* window(unsigned item) const {
+    const unsigned number = item / kWindows, offset = item % kWindows * kWindow, before = lead(number);
+    return offset < before + kLength ? segment(number) + offset - before : nullptr;
+  }
 
   // Where a segment begins in the stage.
   VITRAIL_HD unsigned position(unsigned number) const { return number * kPitch + lead(number); }

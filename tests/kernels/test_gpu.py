@@ -4,14 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from ladder import Problem, check_accuracy, evaluate
+from ladder import Problem, check_accuracy, evaluate, poisoned_memory
 from ladder_guards import check_guarded
+from patch_pixels import make_images, placed
 
 from vitrail.kernels import (
     MaskedPatchEmbed,
     clip_loss,
     cross_view_match,
     explain,
+    extension,
     info_nce_loss,
     koleo_loss,
     masked_patch_gather,
@@ -31,6 +33,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a CUDA GPU, not the interpreter"),
 ]
+
+needs_extension = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -268,14 +272,48 @@ def test_chunked_products_agree_with_the_passes():
         assert (value - chunked[name]).float().norm() <= ROUNDED[torch.bfloat16] * value.float().norm()
 
 
-def test_offsets_beyond_32_bits():
+@pytest.mark.parametrize("impl", ["triton", pytest.param("cuda", marks=needs_extension)])
+def test_offsets_beyond_32_bits(impl):
     batch, size, patch = 2**14 + 1, 224, 16  # 2.5 GB of pixels
     images = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device="cuda")
     images[-1] = 255
     indices = torch.full((batch, 1), 195, device="cuda")
-    got = masked_patch_gather(images, indices, patch, impl="triton")
+    got = masked_patch_gather(images, indices, patch, impl=impl)
     assert got[-1].min() == 1
     assert got[:-1].max() == 0
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["hwc", "chw"])
+@pytest.mark.parametrize("patch", [8, 14, 16, 32])
+def test_the_extension_gathers_the_same_bits_as_on_the_cpu(patch, layout, dtype):
+    images = make_images(3, 2 * patch, 3 * patch, layout)
+    indices = torch.tensor([[0, 5, 5], [4, 2, 3], [1, 0, 4]])
+    width = images.stride(-2) if layout == "chw" else images.stride(1)
+    gather = partial(masked_patch_gather, patch_size=patch, mean=MEAN, std=STD, dtype=dtype, impl="cuda")
+    for surplus in (0, 1, 2, 4, 300):  # rows of the result that are aligned to 2, 4, 8 and 16 bytes
+        columns = 3 * patch * patch + surplus
+        expected = gather(images, indices, pad_to=columns)
+        for offset in range(0, 32, 3):
+            with poisoned_memory():
+                got = gather(placed(images.cuda(), offset, width + offset), indices.cuda(), pad_to=columns)
+            assert torch.equal(got.cpu(), expected), (surplus, offset)
+
+
+@needs_extension
+def test_the_extension_gathers_in_a_captured_graph_and_yields_zeros_out_of_range():
+    images = make_images(2, 28, 42, "hwc")
+    indices = torch.tensor([[0, 5, 5], [4, 2, 3]], device="cuda")
+    on_device = images.cuda()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # fails on any host synchronisation
+        got = masked_patch_gather(on_device, indices, 14, pad_to=592, impl="cuda")
+    indices.copy_(torch.tensor([[-1, 1, 6], [2**32, 0, -(2**40)]]))
+    graph.replay()
+    expected = torch.zeros(2, 3, 592)
+    expected[0, 1], expected[1, 1] = masked_patch_gather(images, torch.tensor([[1], [0]]), 14, pad_to=592)[:, 0]
+    assert torch.equal(got.cpu(), expected)
 
 
 def test_embedding_equals_a_convolution():
