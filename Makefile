@@ -15,11 +15,13 @@ DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry)
 .PHONY: demo test check bench bench-gpu figures wheelhouse links clean
 .DEFAULT_GOAL := demo
 
-# Everything the demo, the tests and the checks need, at the exact versions that are tested.
-$(STAMP): setup.py constraints.txt
+# Everything the demo, the tests and the checks need, at the exact versions that are tested. torch comes first: the
+# build of the compiled extension looks at it, and is skipped with a reason where there is no CUDA toolkit.
+$(STAMP): setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel ninja torch numpy
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--no-build-isolation --editable '.[dev,bench]'
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -55,4 +57,4 @@ links:
 	@for folder in kernels engine recipes; do ln -sfn ../../$$folder .links/vitrail/$$folder; done
 
 clean:
-	rm -rf $(VENV) .links build wheelhouse *.egg-info
+	rm -rf $(VENV) .links build wheelhouse *.egg-info kernels/*.so kernels/extension.json

@@ -110,6 +110,9 @@ def extension() -> tuple[Extension, dict[str, str]]:
             f"the CUDA toolkit in {toolkit} is {version[0]}.{version[1]}, torch was built for {torch.version.cuda}; "
             f"set CUDA_HOME to a toolkit {torch.version.cuda.split('.')[0]}.x"
         )
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix != ".cuh")
+    if not sources:
+        raise NotBuiltError(f"there is no source in {ROOT / 'csrc'}; install from a complete checkout")
     os.environ["CUDA_HOME"] = str(toolkit)  # read by the next import
     from torch.utils.cpp_extension import CUDAExtension
 
@@ -117,7 +120,7 @@ def extension() -> tuple[Extension, dict[str, str]]:
     chosen = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else architecture_flags(version)
     built = CUDAExtension(
         name="vitrail.kernels._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix != ".cuh"),
+        sources=sources,
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")),
         extra_compile_args={
             # A multiply-add is fused where the source says so and nowhere else: both sides round alike.
@@ -190,51 +193,52 @@ def commands(ext_modules: list[Extension], facts: dict[str, str]) -> dict[str, t
     return {"build_ext": BuildExtension, "build_py": BuildPython}
 
 
-ext_modules, facts = prepare()
-setup(
-    name="vitrail",
-    version="0.1.0",
-    description="A performance-optimised, kernel-level training engine for self-supervised vision transformers",
-    license="Apache-2.0",
-    python_requires=">=3.10",
-    packages=packages,
-    package_dir={f"vitrail.{folder}": folder for folder in FOLDERS},
-    package_data={"vitrail.kernels": ["*.json", "*/README.md", "*/configs/*.json"]},
-    ext_modules=ext_modules,
-    cmdclass=commands(ext_modules, facts),
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
-    entry_points={"console_scripts": ["vitrail = vitrail.engine.cli:main"]},
-    # The ranges that the code is written for; constraints.txt holds the exact versions that the tests run on.
-    install_requires=[
-        "torch>=2.11,<2.16",
-        "triton>=3.6,<3.10; platform_system == 'Linux'",
-        "deepspeed>=0.19.8",
-        "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'",
-        "numpy>=1.26",
-        "pillow>=10",
-        "tyro>=0.9",
-        "rich>=13",
-        "safetensors>=0.4",
-        "tensorboard>=2.15",
-        "scikit-learn>=1.3",
-        "matplotlib>=3.8",
-    ],
-    extras_require={
-        "xformers": ["xformers>=0.0.35"],
-        "docs": ["mkdocs-material>=9.5"],
-        # Peers of the benchmarks beside those of "dev"; whoever is missing is left out of the rows with the reason.
-        "bench": ["lightly>=1.5", "liger-kernel>=0.6"],
-        "dev": [
-            "pytest>=8",
-            "pytest-benchmark>=5",
-            "hypothesis>=6.100",
-            "ruff>=0.6",
-            "mypy>=1.11",
-            "pre-commit>=3.7",
-            "ninja",
-            "torchvision",
-            "transformers>=5",
-            "timm>=1.0",
+if __name__ == "__main__":
+    ext_modules, facts = prepare()
+    setup(
+        name="vitrail",
+        version="0.1.0",
+        description="A performance-optimised, kernel-level training engine for self-supervised vision transformers",
+        license="Apache-2.0",
+        python_requires=">=3.10",
+        packages=packages,
+        package_dir={f"vitrail.{folder}": folder for folder in FOLDERS},
+        package_data={"vitrail.kernels": ["*.json", "*/README.md", "*/configs/*.json"]},
+        ext_modules=ext_modules,
+        cmdclass=commands(ext_modules, facts),
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
+        entry_points={"console_scripts": ["vitrail = vitrail.engine.cli:main"]},
+        # The ranges that the code is written for; constraints.txt holds the exact versions that the tests run on.
+        install_requires=[
+            "torch>=2.11,<2.16",
+            "triton>=3.6,<3.10; platform_system == 'Linux'",
+            "deepspeed>=0.19.8",
+            "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'",
+            "numpy>=1.26",
+            "pillow>=10",
+            "tyro>=0.9",
+            "rich>=13",
+            "safetensors>=0.4",
+            "tensorboard>=2.15",
+            "scikit-learn>=1.3",
+            "matplotlib>=3.8",
         ],
-    },
-)
+        extras_require={
+            "xformers": ["xformers>=0.0.35"],
+            "docs": ["mkdocs-material>=9.5"],
+            # Peers of the benchmarks beside those of "dev"; whoever is missing is left out of the rows with the reason.
+            "bench": ["lightly>=1.5", "liger-kernel>=0.6"],
+            "dev": [
+                "pytest>=8",
+                "pytest-benchmark>=5",
+                "hypothesis>=6.100",
+                "ruff>=0.6",
+                "mypy>=1.11",
+                "pre-commit>=3.7",
+                "ninja",
+                "torchvision",
+                "transformers>=5",
+                "timm>=1.0",
+            ],
+        },
+    )

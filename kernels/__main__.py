@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import report, resources, tuner
+from . import cubins, extension, report, resources, tuner
 from .checks import interpreting, triton_installed, triton_reasons
 from .tuning import PACKAGE
 
@@ -22,8 +22,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("resources", help="compile every kernel ahead of time and show what it uses")
     output = command.add_mutually_exclusive_group()
-    output.add_argument("--write", action="store_true", help=f"rewrite {resources.TABLE.name}")
-    output.add_argument("--json", action="store_true", help="print the table as JSON")
+    output.add_argument("--write", action="store_true", help=f"rewrite {resources.TABLE.name} and {cubins.TABLE.name}")
+    output.add_argument("--json", action="store_true", help="print Triton's table as JSON")
     command = commands.add_parser("tune", help="measure launch configurations on this GPU, for later launches to use")
     command.add_argument("ops", nargs="*", metavar="op", help="what to tune; everything by default")
     command.add_argument("--dry", action="store_true", help="only compile the candidates and list them; needs no GPU")
@@ -37,15 +37,28 @@ def main() -> int:
         return _tune(tuple(arguments.ops), arguments.dry, arguments.output)
     if interpreting():
         parser.error("TRITON_INTERPRET is set, and interpreted kernels do not compile; unset it")
+    return _resources(arguments.json, arguments.write)
+
+
+def _resources(as_json: bool, write: bool) -> int:
+    """Shows, prints or rewrites what the kernels use, Triton's and those of the extension; fails if one has a fault."""
+    import triton
+
     table = resources.measure()
-    if arguments.json:
-        sys.stdout.write(resources.as_json(table))
-    elif arguments.write:
-        resources.TABLE.write_text(resources.as_json(table))
+    tables = [(table, "triton", triton.__version__, resources.TABLE)]
+    if as_json:
+        sys.stdout.write(resources.as_json(*tables[0][:3]))
+    elif (why := extension.missing()) is not None:
+        sys.stderr.write(f"only Triton's kernels: {why}\n")
     else:
-        Console().print(_table(table))
-    found = [fault for row in table.values() for cc, entry in row.items() for fault in resources.faults(entry, int(cc))]
-    return 1 if found else 0
+        tables.append((cubins.measure(), "toolkit", extension.facts().get("toolkit", "unknown"), cubins.TABLE))
+    for table, compiler, version, path in tables:
+        if write:
+            path.write_text(resources.as_json(table, compiler, version))
+        elif not as_json:
+            Console().print(_table(table, f"compiled with {compiler} {version}"))
+    used = [(entry, int(cc)) for table, *_ in tables for row in table.values() for cc, entry in row.items()]
+    return 1 if any(resources.faults(entry, cc) for entry, cc in used) else 0
 
 
 def _tune(ops: tuple[str, ...], dry: bool, output: Path) -> int:
@@ -113,13 +126,13 @@ def _dry(ops: tuple[str, ...]) -> int:
     return 1 if failed else 0
 
 
-def _table(measured: dict[str, dict[str, resources.Resources]]) -> Table:
-    table = Table("kernel", "cc", "registers", "shared", "loads", "stores", "mma", "faults", title="compiled kernels")
+def _table(measured: resources.Measured, title: str) -> Table:
+    table = Table("kernel", "cc", "registers", "shared", "loads", "stores", "copies", "mma", "faults", title=title)
     for name, row in measured.items():
         for index, (target, entry) in enumerate(row.items()):
             widths = [
                 ", ".join(f"{count}x{width}" for width, count in counts.items())
-                for counts in (entry.loads, entry.stores)
+                for counts in (entry.loads, entry.stores, entry.copies)
             ]
             mma = ", ".join(f"{count} {instruction}" for instruction, count in entry.mma.items())
             faults = "; ".join(resources.faults(entry, int(target)))

@@ -6,8 +6,8 @@ registry it is the implementation called `cuda`.
 
 import functools
 import importlib
-import importlib.util
 import json
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from .checks import MIN_CAPABILITY, capability
 
+NAME = "vitrail.kernels._C"
 RECORD = Path(__file__).with_name("extension.json")  # written by setup.py
 REMEDY = "VITRAIL_BUILD_EXT=1 pip install --no-build-isolation . builds it, or says what is missing"
 
@@ -22,14 +23,20 @@ REMEDY = "VITRAIL_BUILD_EXT=1 pip install --no-build-isolation . builds it, or s
 @functools.cache
 def missing() -> str | None:
     """Returns why the extension cannot be used at all, or None if it is loaded."""
-    if importlib.util.find_spec("vitrail.kernels._C") is None:
+    if library() is None:
         why = facts().get("missing", "nobody built it")
         return f"the compiled extension is not there: {why}; {REMEDY}"
     try:
-        importlib.import_module("vitrail.kernels._C")
+        importlib.import_module(NAME)
     except ImportError as error:
         return f"the compiled extension does not load: {error}; {REMEDY}"
     return None
+
+
+def library() -> str | None:
+    """Returns the path of the extension beside this file, or None."""
+    found = PathFinder.find_spec(NAME, [str(Path(__file__).parent)])
+    return None if found is None else found.origin
 
 
 def facts() -> dict[str, str]:

@@ -1,13 +1,12 @@
 """The environment and the support matrix, as tables for a terminal."""
 
-import importlib.util
 import os
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.table import Table
 
-from . import tuner
+from . import extension, tuner
 from .checks import interpreting, triton_installed
 from .flags import FLAGS
 from .registry import ops
@@ -25,8 +24,7 @@ def environment() -> Table:
             table.add_row(package, "not installed")
     table.add_row("CUDA that torch was built for", torch.version.cuda or "none")
     table.add_row("device", _device())
-    extension = importlib.util.find_spec("vitrail.kernels._C") is not None
-    table.add_row("compiled extension", "built" if extension else "not built")
+    table.add_row("compiled extension", _extension())
     table.add_row("Triton kernels run", _triton_state())
     return table
 
@@ -73,6 +71,16 @@ def _device() -> str:
         return "CPU"
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     return f"{torch.cuda.get_device_name()}, compute capability {capability}"
+
+
+def _extension() -> str:
+    why = extension.missing()
+    if why is not None:
+        return why
+    facts = extension.facts()
+    if not facts:
+        return "loaded"
+    return f"loaded; CUDA {facts['toolkit']}, torch {facts['torch']}, {facts['architectures']}"
 
 
 def _triton_state() -> str:

@@ -66,6 +66,7 @@ class Resources:
         local: Number of local-memory instructions (LDL, STL): spills.
         loads: Number of global load instructions by width in bits.
         stores: Number of global store instructions by width in bits.
+        copies: Number of asynchronous copies from global into shared memory (LDGSTS) by width in bits.
         mma: Number of tensor-core instructions by name: HMMA, and for whole warp groups HGMMA (9.0), UTCHMMA (10.0).
     """
 
@@ -75,7 +76,11 @@ class Resources:
     local: int
     loads: dict[str, int] = field(default_factory=dict)
     stores: dict[str, int] = field(default_factory=dict)
+    copies: dict[str, int] = field(default_factory=dict)
     mma: dict[str, int] = field(default_factory=dict)
+
+
+Measured = dict[str, dict[str, Resources]]  # by kernel, and by compute capability: "80" is 8.0
 
 
 @functools.cache
@@ -108,7 +113,7 @@ def collect() -> dict[tuple[str, int], Launch]:
     return launches
 
 
-def measure() -> dict[str, dict[str, Resources]]:
+def measure() -> Measured:
     """Compiles all launches for every target.
 
     Returns:
@@ -197,15 +202,19 @@ def _type(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def disassemble(cubin: bytes) -> str:
-    """Returns cuobjdump's resource line and listing of a cubin, with the copy that comes with Triton."""
+def cuobjdump() -> str:
+    """Returns the path of the disassembler that comes with Triton."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def disassemble(cubin: bytes) -> str:
+    """Returns cuobjdump's resource line and listing of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", "-sass", file.name]
+        command = [cuobjdump(), "-res-usage", "-sass", file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -214,16 +223,16 @@ def parse(listing: str, shared: int) -> Resources:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     if usage is None:
         raise ValueError("cuobjdump printed no resource usage")
-    counts: dict[str, collections.Counter[str]] = {"LDG": collections.Counter(), "STG": collections.Counter()}
+    counts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in ("LDG", "STG", "LDGSTS")}
     local = 0
-    for name, suffix in re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)\s", listing):
+    for name, suffix in re.findall(r"\b(LDG|STG|LDGSTS|LDL|STL)((?:\.\w+)*)\s", listing):
         if name in counts:
             counts[name][_width(suffix)] += 1
         else:
             local += 1
-    loads, stores = (dict(sorted(counter.items(), key=lambda item: int(item[0]))) for counter in counts.values())
+    loads, stores, copies = (dict(sorted(count.items(), key=lambda item: int(item[0]))) for count in counts.values())
     mma = collections.Counter(re.findall(r"\b(UTC[A-Z]*MMA|[A-Z]G?MMA)\b", listing))
-    return Resources(int(usage[1]), int(usage[2]), shared, local, loads, stores, dict(sorted(mma.items())))
+    return Resources(int(usage[1]), int(usage[2]), shared, local, loads, stores, copies, dict(sorted(mma.items())))
 
 
 def _width(suffix: str) -> str:
@@ -242,22 +251,20 @@ def faults(resources: Resources, capability: int) -> list[str]:
     return found
 
 
-def as_json(table: dict[str, dict[str, Resources]]) -> str:
-    """Formats a table with the Triton version that it holds for, one line for each kernel and target."""
-    import triton
-
+def as_json(table: Measured, compiler: str, version: str) -> str:
+    """Formats a table with the compiler and version that it holds for, one line for each kernel and target."""
     lines = []
     for name, row in table.items():
         entries = ",\n".join(f'      "{target}": {json.dumps(asdict(entry))}' for target, entry in row.items())
         lines.append(f"    {json.dumps(name)}: {{\n{entries}\n    }}")
     body = ",\n".join(lines)
-    return f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{body}\n  }}\n}}\n'
+    return f'{{\n  "{compiler}": "{version}",\n  "kernels": {{\n{body}\n  }}\n}}\n'
 
 
-def from_json(text: str) -> tuple[str, dict[str, dict[str, Resources]]]:
-    """Reads what `as_json` wrote: the Triton version and the table."""
+def from_json(text: str, compiler: str) -> tuple[str, Measured]:
+    """Reads what `as_json` wrote: the compiler's version and the table."""
     document = json.loads(text)
     table = {
         name: {target: Resources(**entry) for target, entry in row.items()} for name, row in document["kernels"].items()
     }
-    return document["triton"], table
+    return document[compiler], table

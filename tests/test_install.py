@@ -13,15 +13,29 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """vitrail built and installed as a user would, into a folder of its own."""
+    """vitrail built and installed as by a user without a compiler, into a folder of its own."""
     target, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, source)
     for name in ("kernels", "engine", "recipes"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
-    subprocess.run([*pip, str(target), str(source)], check=True, capture_output=True)
+    # A torch that cannot be imported, as in the isolated build that pip makes by default.
+    hidden = tmp_path_factory.mktemp("hidden")
+    (hidden / "torch.py").write_text("raise ImportError(\"No module named 'torch'\")")
+    environment = {**os.environ, "PYTHONPATH": str(hidden), "VITRAIL_BUILD_EXT": "auto"}
+    subprocess.run([*pip, str(target), str(source)], check=True, capture_output=True, env=environment)
     return target
+
+
+def test_an_installation_without_a_compiler_says_what_is_missing(installed, tmp_path):
+    assert not list((installed / "vitrail" / "kernels").glob("_C*"))
+    environment = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "400"}
+    command = [sys.executable, "-m", "vitrail.kernels"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "torch cannot be imported while building (No module named 'torch')" in ran.stdout
+    assert "pip install --no-build-isolation" in ran.stdout
 
 
 def test_only_the_namespace_lands_in_site_packages(installed):

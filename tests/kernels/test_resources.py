@@ -40,7 +40,7 @@ def measured():
     command = [sys.executable, "-m", "vitrail.kernels", "resources", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return resources.from_json(result.stdout)
+    return resources.from_json(result.stdout, "triton")
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_no_kernel_spills_or_asks_for_too_much_shared_memory(measured):
 @pytest.mark.slow
 def test_resources_are_those_committed(measured):
     version, table = measured
-    committed_version, committed = resources.from_json(resources.TABLE.read_text())
+    committed_version, committed = resources.from_json(resources.TABLE.read_text(), "triton")
     assert table.keys() == committed.keys(), "run python -m vitrail.kernels resources --write"
     if version != committed_version:
         pytest.skip(f"the table is for Triton {committed_version}, and other versions allot other registers")
@@ -117,13 +117,13 @@ def test_faults_of_a_bad_kernel_are_found():
 
 
 def test_a_listing_is_read_by_width_and_spills_are_counted():
-    expected = Resources(40, 0, 1024, 1, {"8": 1, "32": 1, "128": 1}, {"64": 1}, INSTRUCTIONS)
+    expected = Resources(40, 0, 1024, 1, {"8": 1, "32": 1, "128": 1}, {"64": 1}, {"128": 1}, INSTRUCTIONS)
     assert resources.parse(LISTING, 1024) == expected
 
 
 def test_the_table_survives_writing_and_reading():
     table = {"op/call/kernel": {"90": SPILLING}}
-    assert resources.from_json(resources.as_json(table))[1] == table
+    assert resources.from_json(resources.as_json(table, "triton", "3.9"), "triton") == ("3.9", table)
 
 
 def test_signatures_are_specialised_as_the_just_in_time_compiler_does():
