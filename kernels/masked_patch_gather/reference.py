@@ -4,7 +4,24 @@ from collections.abc import Sequence
 
 import torch
 
-from ..patches import CHANNELS, channels_last, patch_view, patch_width
+from ..patches import CHANNELS, channels_last, image_size, patch_view, patch_width
+
+
+def check_range(indices: torch.Tensor, images: torch.Tensor, patch_size: int) -> None:
+    """Checks on the CPU, where it costs no wait, that every index names a patch.
+
+    Raises:
+        IndexError: One is negative or beyond the last patch.
+    """
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    height, width = image_size(images)
+    patches = (height // patch_size) * (width // patch_size)
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    if low < 0 or high >= patches:
+        raise IndexError(
+            f"indices reach from {low} to {high}; images of {height} x {width} pixels have patches 0 to {patches - 1}"
+        )
 
 
 def forward(
@@ -29,7 +46,11 @@ def forward(
 
     Returns:
         [B, V, columns]; each row holds a patch in the order (row, column, channel).
+
+    Raises:
+        IndexError: On the CPU, an index is out of range.
     """
+    check_range(indices, images, patch_size)
     width = patch_width(patch_size)
     compute = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
     # Reordering all raw pixels, then copying whole rows, is faster than picking patches from a six-dimensional view.

@@ -136,13 +136,21 @@ def test_triton_stays_inside_its_buffers(images, layout):
 def test_out_of_range_indices_read_nothing_and_yield_zeros():
     case = problem(8, images=torch.uint8)
     case.inputs["indices"] = torch.tensor([[0, -1, 6, 2**40], [5, 1, -(2**40), 2**31]])
-    with pytest.raises(IndexError):
-        masked_patch_gather(**case.inputs, impl="reference")
     check_guarded(masked_patch_gather, case)
     got = masked_patch_gather(**case.to(torch.float32, kernel_device()).inputs, impl="triton")
     assert torch.equal(
         got.flatten(2).any(-1).cpu(), torch.tensor([[True, False, False, False], [True, True, False, False]])
     )
+
+
+@pytest.mark.parametrize("bad", [-1, 6, 2**40])
+@pytest.mark.parametrize("images", [torch.uint8, torch.float32])
+def test_out_of_range_indices_raise_on_the_cpu(images, bad):
+    case = problem(8, images=images)
+    case.inputs["indices"] = torch.tensor([[0, 1], [bad, 5]])
+    for impl in ("auto", "reference"):
+        with pytest.raises(IndexError, match=rf"{bad}.*24 x 16 pixels have patches 0 to 5"):
+            masked_patch_gather(**case.inputs, impl=impl)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
