@@ -9,7 +9,7 @@ from ladder import Problem, check_accuracy, check_compiled, check_gradients, che
 from ladder_faults import Fault, check_noticed
 from ladder_guards import check_guarded
 
-from vitrail.kernels import explain, masked_patch_gather
+from vitrail.kernels import UnsupportedError, explain, masked_patch_gather
 
 KERNEL = "vitrail.kernels.masked_patch_gather.kernel"
 PIXELS = "vitrail.kernels.pixels"
@@ -266,6 +266,15 @@ def test_faults_planted_in_the_reference_are_noticed(fault, tmp_path):
 def test_errors_name_the_value_and_the_expectation(change, error, message):
     with pytest.raises(error, match=message):
         masked_patch_gather(**{**problem().inputs, **change})
+
+
+def test_without_the_extension_auto_takes_the_reference_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("vitrail.kernels.extension.missing", lambda: "nobody built it")
+    case = problem(8, images=torch.uint8, mean=MEAN, std=STD)
+    assert explain(masked_patch_gather, **case.inputs)["cuda"] == ["nobody built it"]
+    with pytest.raises(UnsupportedError, match="nobody built it"):
+        masked_patch_gather(**case.inputs, impl="cuda")
+    assert torch.equal(masked_patch_gather(**case.inputs), masked_patch_gather(**case.inputs, impl="reference"))
 
 
 def test_triton_gives_reasons():
