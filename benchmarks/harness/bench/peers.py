@@ -57,6 +57,8 @@ PEERS = {
     "FlexAttention": Peer(),
     "torch foreach": Peer(),
     "torch loop": Peer(),
+    "torch mul_ add_": Peer(),
+    "torch fused + foreach": Peer(),
     "linear_cross_entropy": Peer(device=_no_linear_cross_entropy),
     "timm": Peer("timm", "pip install timm"),
     "transformers": Peer("transformers", "pip install transformers"),

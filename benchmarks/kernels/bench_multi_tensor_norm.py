@@ -1,0 +1,54 @@
+"""Norms of gradients, each and all, against what PyTorch computes for them."""
+
+from functools import partial
+
+import torch
+from bench import Case, Sizes, measures
+
+from vitrail.engine.methods.mae import MAE, MAEConfig
+from vitrail.engine.models.vit import ViTConfig, vit_base, vit_huge, vit_tiny
+from vitrail.kernels import multi_tensor_norm
+
+
+def inputs(encoder: ViTConfig, device: torch.device) -> dict[str, list[torch.Tensor]]:
+    with torch.device("meta"):
+        shapes = [p.shape for p in MAE(MAEConfig(encoder=encoder)).parameters() if p.requires_grad]
+    return {"grads": [torch.randn(shape, device=device) for shape in shapes]}
+
+
+def ours(grads: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return multi_tensor_norm(grads)[:2]
+
+
+def foreach(grads: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    norms = torch.stack(torch._foreach_norm(grads))
+    return norms.norm(), norms
+
+
+def loop(grads: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    norms = torch.stack([grad.norm() for grad in grads])
+    return norms.norm(), norms
+
+
+def case(name: str, encoder: ViTConfig) -> Case:
+    count = sum(grad.numel() for grad in inputs(encoder, torch.device("meta"))["grads"])
+    return Case(
+        op="multi_tensor_norm",
+        name=name,
+        shape={"parameters": count},
+        dtype=torch.float32,
+        inputs=partial(inputs, encoder),
+        truth=loop,
+        implementations={"vitrail": lambda: ours, "torch foreach": lambda: foreach, "torch loop": lambda: loop},
+        bytes={"forward": count * 4},
+        flops={},
+    )
+
+
+def cases(sizes: Sizes) -> list[Case]:
+    if sizes.dry:
+        return [case("MAE ViT-Ti/16", vit_tiny())]
+    return [case("MAE ViT-H/14", vit_huge()) if sizes.batch >= 256 else case("MAE ViT-B/16", vit_base())]
+
+
+test_multi_tensor_norm = measures(cases)
