@@ -1,9 +1,10 @@
 """Check and measure everything on one GPU: `make bench-gpu`, or `python benchmarks/harness/gpu.py`.
 
-First every op is checked on the GPU (float64 truth, 20 bit-identical repeats, graph capture, odd shapes), then ops,
-training steps and the parts of a step are measured, the most important first. When the time is up the rest is left for
-the next call, which passes over what has a row. Needs torch, triton, pytest and pytest-benchmark; no network, no DALI
-and no installation of vitrail. `--dry` builds every case on any machine and measures nothing.
+First the extension is compiled, if there is a CUDA toolkit, and every op is checked on the GPU (float64 truth, 20
+bit-identical repeats, graph capture, odd shapes), then ops, training steps and the parts of a step are measured, the
+most important first. When the time is up the rest is left for the next call, which passes over what has a row. Needs
+torch, triton, pytest and pytest-benchmark, for the extension also setuptools; no network, no DALI and no installation
+of vitrail. `--dry` builds every case on any machine and measures nothing.
 
 Rows go to `benchmarks/results/<gpu>/*.json`, the output of each stage to `logs/` beside them; a short table comes last.
 """
@@ -97,6 +98,17 @@ def run(arguments: list[str], log: Path, *, limit: float | None) -> tuple[int, s
     return status, lines[-1].strip("= ") if lines else "no output"
 
 
+def build(log: Path) -> str:
+    """Compile the extension where it is not there yet; returns what came of it. Without it, only Triton is measured."""
+    if any((ROOT / "kernels").glob("_C*.so")):
+        return "is there"
+    status, _ = run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit=None)
+    told = [line for line in log.read_text().splitlines() if line.startswith("vitrail: ")]
+    if status or told:
+        return told[-1] if told else f"failed, see {log}"
+    return "built"
+
+
 def failures(log: Path) -> list[str]:
     """The tests that a log names as failed."""
     return re.findall(r"^(?:FAILED|ERROR) (\S+)", log.read_text(), flags=re.MULTILINE)
@@ -146,6 +158,8 @@ def stages(folder: Path, logs: Path, started: float, *, seconds: float, dry: boo
         direction="check",
         cache="hot",
     )
+    if not dry:
+        print(f"{'build':8} {build(logs / 'build.log')}", flush=True)
     for stage in (CHECK, *MEASURE):
         left = min(started + seconds - time.monotonic(), stage.share * seconds)
         if not dry and (left <= 0 or (stage is CHECK and store.has([checked.key]))):

@@ -56,6 +56,20 @@ def test_it_runs_without_an_installation_of_vitrail(tmp_path):
     assert ran.returncode == 0, ran.stderr
 
 
+def test_the_extension_is_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    kernels, log, setup = tmp_path / "kernels", tmp_path / "build.log", tmp_path / "setup.py"
+    kernels.mkdir()
+    setup.write_text("import sys; sys.stderr.write('vitrail: building without the compiled extension: no toolkit\\n')")
+    assert gpu.build(log) == "vitrail: building without the compiled extension: no toolkit"
+    setup.write_text("raise SystemExit(3)")
+    assert gpu.build(log) == f"failed, see {log}"
+    setup.write_text("import sys; assert sys.argv[1:] == ['build_ext', '--inplace']; open('kernels/_C.abi3.so', 'w')")
+    assert gpu.build(log) == "built"
+    setup.write_text("raise SystemExit(3)")
+    assert gpu.build(log) == "is there"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line():
     ran = subprocess.run([sys.executable, str(DRIVER)], cwd=ROOT, capture_output=True, text=True, check=False)
