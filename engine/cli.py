@@ -19,12 +19,12 @@ from tyro.conf import Positional
 
 from .data import DataConfig, DataError, Source, open_source
 
-PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "xformers", "transformers", "timm")
+PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "xformers", "transformers", "timm", "apex")
 """Packages beside torch and triton whose versions decide what runs."""
 
 
 def doctor() -> None:
-    """Show versions, devices and what each implementation of each op can do here."""
+    """Show versions, devices, optimisers and what each implementation of each op can do here."""
     from vitrail.kernels import report
 
     from .models.attention import attention_backend
@@ -38,6 +38,7 @@ def doctor() -> None:
     table.add_row("DALI decodes", _dali(device))
     console = Console()
     console.print(table)
+    console.print(_optimisers(device))
     for part in (report.environment(), report.flags(), report.support()):
         console.print(part)
 
@@ -98,6 +99,18 @@ def main() -> None:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line that the user must see
         raise SystemExit(2) from None
+
+
+def _optimisers(device: torch.device) -> Table:
+    """Whose code steps the weights in a run on `device`, by optimiser and ZeRO stage."""
+    from .train.optimisers import overview
+
+    table = Table("optim.name", "ZeRO stage", "implementation", "state", title="optimisers", title_justify="left")
+    for name, stages, states in overview(device):
+        for index, (implementation, state) in enumerate(states):
+            start = ("", "") if index else (name, stages)
+            table.add_row(*start, implementation, state, end_section=index == len(states) - 1)
+    return table
 
 
 def _source(path: str) -> Source:

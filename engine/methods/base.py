@@ -43,6 +43,22 @@ class Schedule:
         return noise[self.first_row : self.first_row + rows]
 
 
+@dataclass(frozen=True)
+class MomentumPair:
+    """A network that follows another one as the exponential moving average of its weights.
+
+    The trainer pairs the parameters of both by name; buffers, such as the statistics of BatchNorm, are not averaged.
+    The teacher's parameters must be float32 and must not require gradients.
+    """
+
+    teacher: nn.Module
+    """The network that follows."""
+    student: nn.Module
+    """The network that is trained; its frozen parameters are averaged as well."""
+    student_only: tuple[str, ...] = ()
+    """Names of the student's parameters that the teacher lacks, such as iBOT's mask token."""
+
+
 @dataclass(kw_only=True)
 class MethodConfig(ABC):
     """Published defaults of a method; each method derives its own."""
@@ -79,8 +95,25 @@ class Method(nn.Module, ABC):
             The scalar loss, and detached scalar tensors to log.
         """
 
+    def momentum_pairs(self) -> list[MomentumPair]:
+        """The teachers that the trainer updates after every applied step; none unless the method says otherwise."""
+        return []
+
+    def ema_momentum(self, taken: Schedule, coming: Schedule) -> float:
+        """Momentum m of the teachers' update `teacher = m * teacher + (1 - m) * student` that follows a step.
+
+        Args:
+            taken: where the step just taken stood. DINO and its descendants take their momentum from it.
+            coming: where the next step stands. MoCo v3 updates before it encodes the keys, with weights that the step
+                has not changed yet: that is the update after the step before, with the momentum of the coming one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has momentum_pairs and must define ema_momentum")
+
     def after_step(self, applied: bool) -> None:
-        """Update state outside the optimiser (teacher, queue, centre), only if the step was applied."""
+        """Update state outside the optimiser (queue, centre), only if the step was applied.
+
+        The teachers of `momentum_pairs` have been updated by then.
+        """
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoints/step_00001234`::
 
     deepspeed/          optimiser and parameter shards, for the same number of ranks
-    model.safetensors   every parameter and buffer, whole, in fp32
+    model.safetensors   every parameter and buffer, whole, in fp32; teachers are among them
     rng-0.safetensors   random state of each rank
     state.json          step, epoch, fingerprint of the configuration, world, versions
 
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import ConfigError, RunConfig
+from .optimisers import choose
 
 PREFIX = "step_"
 
@@ -82,6 +83,7 @@ def save(output: Path, engine: DeepSpeedEngine, state: TrainState, config: RunCo
             **asdict(state),
             "world": world,
             "zero_stage": config.train.zero_stage,
+            "implementation": choose(config),
             "fingerprint": config.fingerprint(dataset),
             "dataset": dataset,
             "config": config.as_dict(),
@@ -105,7 +107,8 @@ def restore(path: Path, engine: DeepSpeedEngine, config: RunConfig, *, dataset: 
     """Continue from a checkpoint: weights, optimiser, random state, position. Collective.
 
     Raises:
-        ConfigError: the checkpoint belongs to another configuration, or to another number of ranks or ZeRO stage.
+        ConfigError: the checkpoint belongs to another configuration, or to another number of ranks, ZeRO stage or
+            implementation of the optimiser.
     """
     description = json.loads((path / "state.json").read_text())
     world = torch.distributed.get_world_size()
@@ -120,6 +123,7 @@ def restore(path: Path, engine: DeepSpeedEngine, config: RunConfig, *, dataset: 
     for name, saved, present in (
         ("ranks", description["world"], world),
         ("train.zero_stage", description["zero_stage"], config.train.zero_stage),
+        ("optim.implementation", description["implementation"], choose(config)),
     ):
         if saved != present:
             raise ConfigError(

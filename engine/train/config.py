@@ -19,7 +19,12 @@ class ConfigError(ValueError):
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimiser and its schedule."""
+
+    name: Literal["adamw", "lars", "lamb"] = "adamw"
+    """AdamW, or LARS or LAMB, whose trust ratios need whole parameters: ZeRO stage 0."""
+    implementation: Literal["auto", "vitrail", "torch", "apex", "deepspeed"] = "auto"
+    """Whose code steps the weights; auto: vitrail's in ZeRO stage 0, torch's fused AdamW in the others."""
 
     base_lr: float = 1.5e-4
     """Learning rate per 256 images of the global batch (linear scaling rule)."""
@@ -30,13 +35,21 @@ class OptimConfig:
     warmup_epochs: float = 40
     """Epochs of linear warm-up from exactly zero."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of AdamW's moments."""
+    """Decay rates of the moments of AdamW and LAMB."""
     eps: float = 1e-8
-    """Term added to AdamW's denominator."""
+    """Term added to the denominator of AdamW and LAMB (published LAMB: 1e-6)."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of matrices and tokens; vectors and biases have none."""
+    """Weight decay of matrices and tokens, decoupled but for LARS; vectors and biases have none."""
+    momentum: float = 0.9
+    """Momentum of LARS."""
+    trust_coefficient: float = 0.001
+    """LARS: length of a layer's step as a share of the layer's norm, at a learning rate of one."""
+    lr_in_momentum: bool = False
+    """LARS: multiply by the learning rate before the momentum buffer, as SimCLR's code does, not after it."""
     clip: float = 0.0
-    """Limit of the global gradient norm; 0 means none."""
+    """Limit of the gradient norm; 0 means none."""
+    clip_per_tensor: bool = False
+    """Hold the norm of each parameter's gradient to the limit, as DINO's code does, not their common norm."""
 
 
 @dataclass(kw_only=True)
@@ -151,7 +164,7 @@ class RunConfig:
         decisive = {
             "dataset": dataset,
             "method": plain["method"],
-            "optim": plain["optim"],
+            "optim": {k: v for k, v in plain["optim"].items() if k != "implementation"},
             "train": {k: plain["train"][k] for k in ("epochs", "batch_size", "precision", "reduce_dtype", "seed")},
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

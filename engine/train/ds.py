@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrail.kernels import multi_tensor_norm, multi_tensor_scale_
+from vitrail.kernels.multi_tensor_norm.clip import clip_scales
+from vitrail.kernels.multi_tensor_norm.op import Norms
+from vitrail.kernels.optimizers import FusedOptimizer
+
 from ..data.cache import available_threads
-from .config import RunConfig
+from . import optimisers
+from .config import OptimConfig, RunConfig
 from .param_groups import decay_groups
 
 if not torch.cuda.is_available():
@@ -53,7 +59,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world),
-        "gradient_clipping": config.optim.clip,
+        "gradient_clipping": config.optim.clip if train.zero_stage else 0.0,  # guarded_step clips in stage 0
         "steps_per_print": None,
         "zero_optimization": {
             "stage": train.zero_stage,
@@ -79,12 +85,23 @@ def _linear_classes() -> list[str]:
     ]
 
 
-def initialise(method: nn.Module, config: RunConfig, world: int) -> DeepSpeedEngine:
-    """Wrap a method, already on its device, with AdamW and the sharding of `train.zero_stage`."""
-    optim = config.optim
-    optimizer = torch.optim.AdamW(
-        decay_groups(method, optim.weight_decay), lr=0.0, betas=optim.betas, eps=optim.eps, fused=True
-    )
+def initialise(
+    method: nn.Module, config: RunConfig, world: int, teachers: dict[Tensor, Tensor] | None = None
+) -> DeepSpeedEngine:
+    """Wrap a method, already on its device, with its optimiser and the sharding of `train.zero_stage`.
+
+    Args:
+        method: what is trained.
+        config: the run.
+        world: number of ranks.
+        teachers: teacher of each trained parameter that has one, for the optimiser that steps both in one pass.
+
+    Raises:
+        ConfigError: the optimiser that `config` names cannot run here.
+    """
+    implementation = optimisers.choose(config)
+    groups = decay_groups(method, config.optim.weight_decay)
+    optimizer = optimisers.build(implementation, config.optim, groups, teachers or {})
     engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=deepspeed_config(config, world))
     return engine
 
@@ -95,24 +112,37 @@ def set_learning_rate(engine: DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr
 
 
-def guarded_step(engine: DeepSpeedEngine) -> tuple[bool, Tensor | float | None]:
+def guarded_step(engine: DeepSpeedEngine, optim: OptimConfig) -> tuple[bool, Tensor | float | None]:
     """Finish a micro-batch; at the end of an accumulation, step unless the gradient is not finite.
 
-    Stages 1 to 3 check the gradient themselves. Stage 0 under autocast does not, and would poison the weights, so the
-    norm is taken here and handed to AdamW's fused kernel as its `found_inf` flag.
+    Stages 1 to 3 check and clip the gradient themselves. Stage 0 under autocast does not check and would poison the
+    weights: there vitrail's optimisers do both within their step, and torch's is handed the flag and the scale.
 
     Returns:
         Whether the parameters changed (False between boundaries), and the global gradient norm before clipping.
     """
     boundary = engine.is_gradient_accumulation_boundary()
-    if engine.zero_optimization_stage() == 0 and boundary:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        bad = ~norm.isfinite()
-        engine.optimizer.found_inf = bad.float()
-        engine.step()
-        return not bool(bad), norm
+    whole = engine.zero_optimization_stage() == 0 and boundary
+    norms = _guard(engine.optimizer, optim) if whole and not isinstance(engine.optimizer, FusedOptimizer) else None
     engine.step()
     if not boundary:
         return False, None
-    return engine.was_step_applied(), engine.get_global_grad_norm()
+    if not whole:
+        return engine.was_step_applied(), engine.get_global_grad_norm()
+    norms = norms or engine.optimizer.norms
+    return not bool(norms.found_inf), norms.total
+
+
+def _guard(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> Norms:
+    """Tell torch's fused optimiser whether to step and how to scale the gradients; one pass over them."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = multi_tensor_norm(gradients)
+    scaled: Any = optimizer
+    scaled.found_inf = norms.found_inf
+    if optim.clip:
+        scales = clip_scales(norms, optim.clip, per_tensor=optim.clip_per_tensor)
+        if optim.clip_per_tensor:  # torch's kernel takes one number for all gradients
+            multi_tensor_scale_(gradients, scales)
+        else:
+            scaled.grad_scale = 1.0 / scales  # its kernel divides
+    return norms

@@ -20,7 +20,9 @@ from ..models.vit import Block
 from . import checkpoint
 from .config import RunConfig
 from .ds import guarded_step, initialise, set_learning_rate
+from .ema import TeacherEMA, parameter_pairs, steppable
 from .metrics import DeviceMeans, Recorder
+from .optimisers import TITLES, choose
 from .schedules import cosine_with_warmup
 from .throughput import Throughput
 
@@ -61,7 +63,9 @@ class Trainer:
             checkpoint.load_weights(self.method, config.train.init_from)
         prepare_blocks(self.method, recompute=config.train.checkpoint_activations, compiled=config.train.compile)
         self.method.to(device).train()
-        self.engine = initialise(self.method, config, world)
+        pairs = parameter_pairs(self.method)
+        self.engine = initialise(self.method, config, world, steppable(pairs))
+        self.ema = TeacherEMA(pairs, self.engine)
         torch.manual_seed(config.train.seed + 1 + rank)  # stochastic depth differs between ranks
         self.state = self._restore()
         self.loader = self._loader()
@@ -98,40 +102,53 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimiser step: all micro-batches of a global batch."""
         config, step = self.config, self.state.step
-        epoch = step / self.steps_per_epoch
         lr = cosine_with_warmup(
-            epoch,
+            step / self.steps_per_epoch,
             peak=config.peak_lr,
             final=config.optim.min_lr,
             warmup=config.optim.warmup_epochs,
             total=config.train.epochs,
         )
         set_learning_rate(self.engine, lr)
+        momentum = self._ema_momentum()
+        self.ema.prepare(momentum)
         applied = False
         for micro in range(self.accumulation):
             waiting = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waiting
-            schedule = Schedule(
-                step=step,
-                total_steps=self.total_steps,
-                epoch=epoch,
-                seed=config.train.seed,
-                first_row=(micro * self.world + self.rank) * config.train.micro_batch,
-                global_rows=config.train.batch_size,
-            )
-            loss, metrics = self.engine(batch, schedule)
+            loss, metrics = self.engine(batch, self._schedule(step, micro))
             self.engine.backward(loss)
-            applied, norm = guarded_step(self.engine)
+            applied, norm = guarded_step(self.engine, config.optim)
             self.means.add(metrics)
             images = len(batch.indices)
             self.throughput.add(images, self.method.flops(images), waited)
         self._gradient_norm = norm
+        if applied:
+            self.ema.update(momentum)
         self.method.after_step(applied)
         self.state.step += 1
         if not applied:
             self.state.skipped += 1
             self.recorder.event(step + 1, f"step {step + 1} skipped: its gradient is not finite")
+
+    def _schedule(self, step: int, micro: int = 0) -> Schedule:
+        """Where a micro-batch of this rank stands."""
+        return Schedule(
+            step=step,
+            total_steps=self.total_steps,
+            epoch=step / self.steps_per_epoch,
+            seed=self.config.train.seed,
+            first_row=(micro * self.world + self.rank) * self.config.train.micro_batch,
+            global_rows=self.config.train.batch_size,
+        )
+
+    def _ema_momentum(self) -> float:
+        """Momentum of the teachers' update after the step about to be taken; 1, unused, where there are none."""
+        if not self.ema.teachers:
+            return 1.0
+        step = self.state.step
+        return self.method.ema_momentum(self._schedule(step), self._schedule(step + 1))
 
     def _after_step(self) -> bool:
         """Log, evaluate, save, each when due. Returns whether to stop before the end."""
@@ -241,7 +258,8 @@ class Trainer:
             self.recorder.event(self.state.step, f"continuing at step {self.state.step} of {self.total_steps}")
         self.recorder.say(
             f"{type(method).__name__}: {count / 1e6:.1f} M parameters on {self.world} x {self.device.type}, "
-            f"{config.train.precision}, ZeRO-{config.train.zero_stage}; {len(self.source)} images, batch "
+            f"{config.train.precision}, {TITLES[config.optim.name]} of {choose(config)}, "
+            f"ZeRO-{config.train.zero_stage}; {len(self.source)} images, batch "
             f"{config.train.batch_size} = {config.train.micro_batch} x {self.accumulation} x {self.world}, "
             f"{self.total_steps} steps, peak lr {config.peak_lr:.3g}"
         )

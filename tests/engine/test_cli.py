@@ -41,6 +41,29 @@ def test_doctor_names_versions_implementations_and_reasons(vitrail):
         assert word in text
 
 
+def test_doctor_says_whose_optimiser_runs_and_why_the_others_do_not(vitrail):
+    """Tables wrap their cells, so the words of a column are put together again."""
+    _, text = vitrail("doctor")
+    start = text.index("optim.name")
+    lines = [line.split("│")[1:-1] for line in text[start:].splitlines() if line.startswith("│")]
+    cells, state = [], ""
+    for name, stage, implementation, words in ([cell.strip() for cell in line] for line in lines if len(line) == 4):
+        if implementation:
+            cells.append((name or cells[-1][0], stage or cells[-1][1], implementation))
+            state += f"\n{cells[-1]}"
+        state += f" {words}"
+    for told in (
+        "('adamw', '0', 'vitrail') active",
+        "('adamw', '0', 'torch') with --optim.implementation torch",
+        "('adamw', '1, 2, 3', 'torch') active",
+        "('adamw', '1, 2, 3', 'vitrail') its gain is the teacher's update in the same pass",
+        "('lars', '0', 'vitrail') active",
+        "('lamb', '1, 2, 3', 'vitrail') its trust ratios, one for each parameter, would be wrong on flat ZeRO shards; "
+        "pass --train.zero-stage 0",
+    ):
+        assert f"\n{told}" in state, state
+
+
 def test_pack_then_check(vitrail, images, tmp_path):
     status, text = vitrail("data", "pack", images, tmp_path / "shards")
     assert (status, "6 images" in text) == (0, True)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,18 +118,31 @@ def finish(process: "subprocess.Popen[str]", *, timeout: float = 300) -> str:
     return output
 
 
-def run_case(case: str, scratch: Path, *, ranks: int) -> Any:
-    """Run one of `CASES` on some ranks and return its result."""
+def run_case(case: str, scratch: Path, *, ranks: int, script: str = __file__) -> Any:
+    """Run one of the script's `CASES` on some ranks and return its result."""
     result = scratch / "result.json"
-    finish(start(__file__, case, str(result), str(scratch), ranks=ranks))
+    finish(start(script, case, str(result), str(scratch), ranks=ranks))
     return json.loads(result.read_text())
 
 
 # --- what runs inside the processes ---------------------------------------------------------------------------------
 
 
-def train(config: RunConfig, *, stop_after: int | None = None) -> Any:
-    """Run a configuration in this process; with `stop_after`, answer a SIGTERM that arrives after so many steps."""
+def train(
+    config: RunConfig,
+    *,
+    stop_after: int | None = None,
+    before: Callable[[Any], None] | None = None,
+    after: Callable[[Any], None] | None = None,
+) -> Any:
+    """Run a configuration in this process.
+
+    Args:
+        config: what to run.
+        stop_after: answer a SIGTERM that arrives after so many steps.
+        before: called with the trainer before its first step.
+        after: called with the trainer after every step.
+    """
     from vitrail.engine.train.ds import start_processes
     from vitrail.engine.train.trainer import Trainer
 
@@ -136,15 +150,18 @@ def train(config: RunConfig, *, stop_after: int | None = None) -> Any:
     source = open_source(config.data, "train")
     val = open_source(config.data, "val") if config.evaluate.knn_every else None
     trainer = Trainer(config, train=source, val=val, rank=rank, world=world, device=device)
-    if stop_after is not None:
-        plain = trainer._step
+    plain = trainer._step
 
-        def interrupted(batches: Any) -> None:
-            plain(batches)
-            if trainer.state.step == stop_after and rank == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def step(batches: Any) -> None:
+        plain(batches)
+        if after is not None:
+            after(trainer)
+        if trainer.state.step == stop_after and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        trainer._step = interrupted
+    trainer._step = step
+    if before is not None:
+        before(trainer)
     return trainer.run()
 
 
@@ -279,8 +296,14 @@ CASES = {
     "knn": knn,
 }
 
-if __name__ == "__main__":
+
+def run_in_process(cases: dict[str, Callable[[Path], Any]]) -> None:
+    """What a script of cases does on every rank."""
     case, result_path, scratch_path = sys.argv[1:]
-    outcome = CASES[case](Path(scratch_path))
+    outcome = cases[case](Path(scratch_path))
     if torch.distributed.get_rank() == 0:
         Path(result_path).write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    run_in_process(CASES)

@@ -31,6 +31,7 @@ def saved(tmp_path):
         "skipped": 0,
         "world": 2,
         "zero_stage": 1,
+        "implementation": "torch",
         "fingerprint": config.fingerprint("data"),
         "dataset": "data",
         "config": config.as_dict(),
@@ -56,7 +57,7 @@ def test_other_images_are_refused(alone, saved):
         restore(folder, None, config, dataset="other data")
 
 
-def test_another_number_of_ranks_or_stage_is_refused(alone, saved):
+def test_another_number_of_ranks_stage_or_implementation_is_refused(alone, saved):
     config, folder = saved
     with pytest.raises(ConfigError, match=r"ranks = 2, this run has 1.*train\.init_from"):
         restore(folder, None, config, dataset="data")
@@ -64,6 +65,9 @@ def test_another_number_of_ranks_or_stage_is_refused(alone, saved):
     (folder / "state.json").write_text(json.dumps(description | {"world": 1}))
     with pytest.raises(ConfigError, match=r"train\.zero_stage = 1, this run has 2"):
         restore(folder, None, replace(config, train=replace(config.train, zero_stage=2)), dataset="data")
+    other = replace(config, optim=replace(config.optim, implementation="deepspeed"))
+    with pytest.raises(ConfigError, match=r"optim\.implementation = torch, this run has deepspeed"):
+        restore(folder, None, other, dataset="data")
 
 
 def test_only_complete_checkpoints_count(tmp_path):

@@ -15,6 +15,16 @@ from vitrail.engine.train.param_groups import decay_groups
 from vitrail.engine.train.schedules import cosine_with_warmup
 from vitrail.recipes import mae_vitb, mae_vith, mae_vitl
 
+# Fields of the optimiser and other values than their defaults; all change the numbers of a run.
+DECISIVE = {
+    "name": "lars",
+    "momentum": 0.8,
+    "trust_coefficient": 0.02,
+    "lr_in_momentum": True,
+    "clip": 1.0,
+    "clip_per_tensor": True,
+}
+
 
 @pytest.mark.parametrize(
     ("epoch", "expected"),
@@ -73,12 +83,15 @@ def test_fingerprint_ignores_what_changes_no_number(tmp_path):
     config = training.tiny_config(tmp_path)
     same = replace(config, train=replace(config.train, output=tmp_path / "b", log_every=7, micro_batch=4, zero_stage=3))
     assert config.fingerprint("x") == same.fingerprint("x")
+    same = replace(config, optim=replace(config.optim, implementation="torch"))
+    assert config.fingerprint("x") == same.fingerprint("x")
     others = [
         replace(config, train=replace(config.train, seed=1)),
         replace(config, optim=replace(config.optim, lr=1e-4)),
+        *(replace(config, optim=replace(config.optim, **{name: value})) for name, value in DECISIVE.items()),
         replace(config, method=replace(config.method, mask_ratio=0.5)),
     ]
-    assert len({c.fingerprint("x") for c in [config, *others]} | {config.fingerprint("y")}) == 5
+    assert len({c.fingerprint("x") for c in [config, *others]} | {config.fingerprint("y")}) == 5 + len(DECISIVE)
 
 
 @pytest.mark.parametrize(

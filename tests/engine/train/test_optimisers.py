@@ -1,0 +1,158 @@
+"""Which optimiser runs, what is refused, and in which words."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import training
+from torch import nn
+
+from vitrail.engine.train import ConfigError, OptimConfig
+from vitrail.engine.train import optimisers as choice
+from vitrail.engine.train.ds import _guard, deepspeed_config
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def configured(tmp_path, stage, **optim):
+    return replace(training.tiny_config(tmp_path, zero_stage=stage), optim=OptimConfig(**optim))
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "expected"),
+    [
+        *((0, name, "vitrail") for name in ("adamw", "lars", "lamb")),
+        *((stage, "adamw", "torch") for stage in (1, 2, 3)),
+    ],
+)
+def test_what_auto_takes(tmp_path, stage, name, expected):
+    assert choice.choose(configured(tmp_path, stage, name=name)) == expected
+
+
+@pytest.mark.parametrize(("stage", "name"), itertools.product((1, 2, 3), ("lars", "lamb")))
+@pytest.mark.parametrize("implementation", ["auto", "vitrail"])
+def test_trust_ratios_on_shards_are_refused(tmp_path, stage, name, implementation):
+    with pytest.raises(ConfigError) as refusal:
+        choice.choose(configured(tmp_path, stage, name=name, implementation=implementation))
+    assert str(refusal.value) == (
+        f"optim.name {name} of vitrail cannot run with train.zero_stage {stage}: its trust ratios, one for each "
+        "parameter, would be wrong on flat ZeRO shards; pass --train.zero-stage 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "optim", "told"),
+    [
+        (
+            2,
+            {"implementation": "vitrail"},
+            "adamw of vitrail .*zero_stage 2: .*no teachers; pass --train.zero-stage 0",
+        ),
+        (0, {"name": "lamb", "implementation": "torch"}, "LAMB from vitrail alone; pass --optim.implementation auto"),
+        (1, {"implementation": "apex"}, "apex is not installed"),
+        (0, {"implementation": "deepspeed"}, "gradients that are not finite .*pass --train.zero-stage 1"),
+    ],
+)
+def test_a_choice_that_cannot_run_says_why_in_one_line(tmp_path, monkeypatch, stage, optim, told):
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=told) as refusal:
+        choice.choose(configured(tmp_path, stage, **optim))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_explicit_choice_that_can_run_is_taken(tmp_path):
+    assert choice.choose(configured(tmp_path, 0, implementation="torch")) == "torch"
+    assert choice.choose(configured(tmp_path, 3, implementation="deepspeed")) == "deepspeed"
+
+
+def test_apex_needs_its_kernels_and_a_gpu(monkeypatch):
+    def found(*names):
+        monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: True if name in names else None)
+        return choice.reasons("apex", name="adamw", stage=1, device=GPU)
+
+    assert found() == ["apex is not installed"]
+    assert found("apex") == ["apex is installed without its compiled kernels (amp_C)"]
+    assert found("apex", "amp_C") == []
+    assert choice.reasons("apex", name="adamw", stage=1, device=CPU) == ["it runs on CUDA devices, not on the CPU"]
+    assert len(choice.reasons("apex", name="adamw", stage=0, device=GPU)) == 1
+
+
+def test_clipping_per_tensor_needs_stage_0_and_a_limit(tmp_path):
+    for stage in (1, 2, 3):
+        with pytest.raises(
+            ConfigError, match=rf"clip_per_tensor cannot run with train\.zero_stage {stage}: .*--no-optim"
+        ):
+            choice.choose(configured(tmp_path, stage, clip=3.0, clip_per_tensor=True))
+    with pytest.raises(ConfigError, match=r"without a limit does nothing: pass --optim\.clip"):
+        choice.choose(configured(tmp_path, 0, clip_per_tensor=True))
+    assert choice.choose(configured(tmp_path, 0, clip=3.0, clip_per_tensor=True)) == "vitrail"
+
+
+def test_deepspeed_clips_only_where_it_steps(tmp_path):
+    """In stage 0 it would read and write the gradients that the optimiser clips as it reads them."""
+    limits = [deepspeed_config(configured(tmp_path, stage, clip=2.0), 1)["gradient_clipping"] for stage in range(4)]
+    assert limits == [0.0, 2.0, 2.0, 2.0]
+
+
+def test_overview_gives_every_implementation_a_state():
+    rows = choice.overview(CPU)
+    seen = [(name, stage) for name, stages, _ in rows for stage in stages.split(", ")]
+    assert sorted(seen) == sorted(itertools.product(("adamw", "lars", "lamb"), "0123"))
+    for name, stages, states in rows:
+        assert [implementation for implementation, _ in states] == list(choice.IMPLEMENTATIONS)
+        active = [implementation for implementation, state in states if state == "active"]
+        expected = "vitrail" if stages == "0" else "torch" if name == "adamw" else None
+        assert active == ([expected] if expected else [])
+        assert all(state for _, state in states)
+
+
+def test_settings_reach_the_optimiser():
+    weight = nn.Parameter(torch.ones(3))
+    groups = [{"params": [weight], "weight_decay": 0.25}]
+    optim = OptimConfig(betas=(0.8, 0.7), eps=1e-3, momentum=0.6, trust_coefficient=0.02, lr_in_momentum=True, clip=2.0)
+    for implementation, name in (("torch", "adamw"), ("vitrail", "adamw")):
+        built = choice.build(implementation, replace(optim, name=name), [dict(g) for g in groups], {})
+        (group,) = built.param_groups
+        wanted = {"weight_decay": 0.25, "lr": 0.0}
+        if name == "lars":
+            wanted |= {"momentum": 0.6, "trust_coefficient": 0.02, "lr_in_momentum": True}
+        else:
+            wanted |= {"betas": (0.8, 0.7), "eps": 1e-3}
+        assert {key: group[key] for key in wanted} == wanted
+        if implementation == "vitrail":
+            assert (built.max_grad_norm, built.clip_per_tensor, built.skip_nonfinite) == (2.0, False, True)
+
+
+@pytest.mark.parametrize(("clip", "per_tensor"), [(0.0, False), (0.5, False), (0.5, True), (100.0, True)])
+def test_torchs_optimiser_is_told_to_clip(clip, per_tensor):
+    """Its divisor and what the gradients are then make `g * min(1, clip / (norm + 1e-6))`."""
+    params = [nn.Parameter(torch.zeros(size)) for size in (5, 1, 7)]
+    built = choice.build("torch", OptimConfig(), [{"params": params[:1]}, {"params": params[1:]}], {})
+    gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) for p in params]
+    for parameter, gradient in zip(params, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    norms = _guard(built, OptimConfig(clip=clip, clip_per_tensor=per_tensor))
+    common = torch.cat(gradients).double().norm().item()
+    assert (norms.total.item(), norms.found_inf.item()) == (pytest.approx(common), 0.0)
+    assert built.found_inf.item() == 0.0
+    for parameter, gradient in zip(params, gradients, strict=True):
+        norm = gradient.double().norm().item() if per_tensor else common
+        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        taken = parameter.grad / getattr(built, "grad_scale", 1.0)
+        torch.testing.assert_close(taken, gradient * factor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_torchs_optimiser_is_told_not_to_step(bad):
+    parameter = nn.Parameter(torch.ones(4))
+    built = choice.build("torch", OptimConfig(weight_decay=0.5, clip=1.0), [{"params": [parameter]}], {})
+    built.param_groups[0]["lr"] = 1.0
+    parameter.grad = torch.tensor([1.0, bad, 0.0, 0.0])
+    assert _guard(built, OptimConfig(clip=1.0)).found_inf.item() == 1.0
+    built.step()
+    assert torch.equal(parameter, torch.ones(4))
+    parameter.grad = torch.ones(4)
+    _guard(built, OptimConfig(clip=1.0))
+    built.step()
+    assert (parameter < 1).all()
