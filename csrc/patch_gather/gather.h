@@ -1,10 +1,10 @@
 // Patch gather: where the bytes of a uint8 patch lie, and how a staged copy of them becomes normalised values.
 //
 // A patch consists of segments of adjacent bytes: a row of it in [H, W, 3] images, a row of one plane of it in
-// [3, H, W] images. Memory is read in windows, 16 bytes wide and aligned to 16: those that hold a byte of a segment. Such
-// a window may hold foreign bytes as well, but never leaves the 16 bytes around the wanted ones, so that it can be read
-// wherever those can. The stage holds every segment as it lay in its windows. From there, eight bytes at a time are put
-// together in the order of the output: (row, column, channel).
+// [3, H, W] images. Memory is read in windows, 16 bytes wide and aligned to 16: those that hold a byte of a segment.
+// Such a window may hold foreign bytes as well, but lies within 16 aligned bytes of which one is wanted, so that it can
+// be read wherever that one can. The stage holds every segment as it lay in its windows. From there, eight bytes at a
+// time are put together in the order of the output: (row, column, channel).
 #pragma once
 
 #include "../portable.h"
@@ -126,7 +126,7 @@ struct Patch {
   static constexpr unsigned kValues = 3 * kSize * kSize;
   static constexpr unsigned kOctets = (kValues + kOctet - 1) / kOctet;
   static constexpr unsigned kSegments = kPlanar ? 3 * kSize : kSize;
-  static constexpr unsigned kLength = kPlanar ? kSize : 3 * kSize;          // bytes of a segment
+  static constexpr unsigned kLength = kPlanar ? kSize : 3 * kSize;             // bytes of a segment
   static constexpr unsigned kWindows = (kLength + 2 * kWindow - 2) / kWindow;  // that a segment can overlap
   static constexpr unsigned kPitch = kWindows * kWindow;  // bytes between segments of the stage
   static constexpr unsigned kItems = kSegments * kWindows;

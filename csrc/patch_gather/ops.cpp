@@ -80,8 +80,8 @@ void gather_op(Tensor out, Tensor images, Tensor indices, int64_t patch_size, st
   const Images layout(images);
   const Output output = output_of(out);
   check_sizes(images, layout, indices, out, patch_size);
-  require(scale.size() == 3 && shift.size() == 3, "scale and shift must hold 3 values each, got ", scale.size(), " and ",
-          shift.size());
+  require(scale.size() == 3 && shift.size() == 3, "scale and shift must hold 3 values each, got ", scale.size(),
+          " and ", shift.size());
   GatherCall call{static_cast<const uint8_t*>(images.data_ptr()),
                   static_cast<const int64_t*>(indices.data_ptr()),
                   out.data_ptr(),
