@@ -9,6 +9,8 @@ from .clip_loss import clip_loss
 from .info_nce_loss import info_nce_loss
 from .knn_topk import knn_topk
 from .koleo_loss import koleo_loss
+from .lamb import FusedLAMB, lamb_
+from .lars import FusedLARS, lars_
 from .losses import CLIPLoss, InfoNCELoss, KoLeoLoss, NTXentLoss, PrototypeCrossEntropy
 from .masked_patch_gather import masked_patch_gather
 from .masked_patch_loss import masked_patch_loss
@@ -29,6 +31,8 @@ from .softmax_row_pass import softmax_row_pass
 __all__ = [
     "CLIPLoss",
     "FusedAdamWEMA",
+    "FusedLAMB",
+    "FusedLARS",
     "InfoNCELoss",
     "KoLeoLoss",
     "MaskedPatchEmbed",
@@ -42,6 +46,8 @@ __all__ = [
     "info_nce_loss",
     "knn_topk",
     "koleo_loss",
+    "lamb_",
+    "lars_",
     "masked_patch_gather",
     "masked_patch_loss",
     "multi_tensor_clip_",
