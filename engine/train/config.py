@@ -37,17 +37,17 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the moments of AdamW and LAMB."""
     eps: float = 1e-8
-    """Term added to the denominator of AdamW and LAMB (published LAMB: 1e-6)."""
+    """Term added to the denominator of AdamW and LAMB (published LAMB: 1e-6), and of some variants of LARS."""
     weight_decay: float = 0.05
     """Weight decay of matrices and tokens, decoupled but for LARS; vectors and biases have none."""
     momentum: float = 0.9
     """Momentum of LARS."""
     trust_coefficient: float = 0.001
     """LARS: length of a layer's step as a share of the layer's norm, at a learning rate of one."""
-    lr_in_momentum: bool = False
-    """LARS: multiply by the learning rate before the momentum buffer, as SimCLR's code does, not after it."""
+    lars_variant: Literal["moco_v3", "simclr", "lightly", "solo"] = "moco_v3"
+    """Whose LARS: they differ in the trust ratio and in whether the learning rate enters the momentum."""
     clip: float = 0.0
-    """Limit of the gradient norm; 0 means none."""
+    """Limit of the gradient norm, 1 in the published LAMB; 0 means none."""
     clip_per_tensor: bool = False
     """Hold the norm of each parameter's gradient to the limit, as DINO's code does, not their common norm."""
 

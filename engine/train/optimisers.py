@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vitrail.kernels import FusedAdamWEMA
+from vitrail.kernels import FusedAdamWEMA, FusedLAMB, FusedLARS
 
 from .config import ConfigError, OptimConfig, RunConfig
 
@@ -161,8 +161,6 @@ def _build_vitrail(
     }
     if optim.name == "adamw":
         return FusedAdamWEMA(groups, **adam, teacher=teachers, **guard)
-    from vitrail.kernels import FusedLAMB, FusedLARS
-
     if optim.name == "lamb":
         return FusedLAMB(groups, **adam, **guard)
     return FusedLARS(
@@ -170,6 +168,7 @@ def _build_vitrail(
         lr=0.0,
         momentum=optim.momentum,
         trust_coefficient=optim.trust_coefficient,
-        lr_in_momentum=optim.lr_in_momentum,
+        eps=optim.eps,
+        variant=optim.lars_variant,
         **guard,
     )

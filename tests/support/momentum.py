@@ -191,6 +191,8 @@ def stages(scratch: Path) -> Any:
 
 
 OPTIMISERS: dict[str, dict[str, Any]] = {
+    "lars": {"name": "lars", "lr": 2.0, "weight_decay": 1e-4, "trust_coefficient": 0.01},
+    "lamb": {"name": "lamb", "lr": 1e-2, "eps": 1e-6},
     "clipped": {"clip": 0.1},
     "per tensor": {"clip": 0.02, "clip_per_tensor": True},
 }

@@ -20,7 +20,7 @@ DECISIVE = {
     "name": "lars",
     "momentum": 0.8,
     "trust_coefficient": 0.02,
-    "lr_in_momentum": True,
+    "lars_variant": "simclr",
     "clip": 1.0,
     "clip_per_tensor": True,
 }

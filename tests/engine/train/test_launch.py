@@ -39,6 +39,13 @@ def test_a_batch_that_does_not_divide_is_one_line_and_status_2(tmp_path):
     assert "20 is not a multiple of train.micro_batch 8" in line
 
 
+def test_an_optimiser_that_cannot_run_is_one_line_and_status_2(tmp_path):
+    line = refused(*training.SHORT_DEMO, "--optim.name", "lars", "--train.output", str(tmp_path / "run"))
+    assert line.startswith("error: optim.name lars of vitrail cannot run with train.zero_stage 1: its trust ratios")
+    assert line.endswith("pass --train.zero-stage 0")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_recipe_without_an_installation_says_how_to_install():
     # -S leaves site-packages out, and with them the installation.
     bare = subprocess.run([sys.executable, "-S", str(RECIPE), "--demo"], capture_output=True, text=True, check=False)

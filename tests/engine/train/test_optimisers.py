@@ -110,13 +110,15 @@ def test_overview_gives_every_implementation_a_state():
 def test_settings_reach_the_optimiser():
     weight = nn.Parameter(torch.ones(3))
     groups = [{"params": [weight], "weight_decay": 0.25}]
-    optim = OptimConfig(betas=(0.8, 0.7), eps=1e-3, momentum=0.6, trust_coefficient=0.02, lr_in_momentum=True, clip=2.0)
-    for implementation, name in (("torch", "adamw"), ("vitrail", "adamw")):
+    optim = OptimConfig(
+        betas=(0.8, 0.7), eps=1e-3, momentum=0.6, trust_coefficient=0.02, lars_variant="simclr", clip=2.0
+    )
+    for implementation, name in (("torch", "adamw"), ("vitrail", "adamw"), ("vitrail", "lars"), ("vitrail", "lamb")):
         built = choice.build(implementation, replace(optim, name=name), [dict(g) for g in groups], {})
         (group,) = built.param_groups
         wanted = {"weight_decay": 0.25, "lr": 0.0}
         if name == "lars":
-            wanted |= {"momentum": 0.6, "trust_coefficient": 0.02, "lr_in_momentum": True}
+            wanted |= {"momentum": 0.6, "trust_coefficient": 0.02, "eps": 1e-3, "lr_in_momentum": True}
         else:
             wanted |= {"betas": (0.8, 0.7), "eps": 1e-3}
         assert {key: group[key] for key in wanted} == wanted
