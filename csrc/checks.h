@@ -72,4 +72,15 @@ inline void* current_stream(const torch::stable::Device& device) {
   return stream;
 }
 
+// Whether the CPU has the instructions of x86-64-v3: AVX2, FMA and what came with them.
+#if defined(__x86_64__)
+inline bool has_v3() {
+  static const bool answer = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                             __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  return answer;
+}
+#else
+inline bool has_v3() { return false; }
+#endif
+
 }  // namespace vitrail

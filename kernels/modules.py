@@ -54,7 +54,7 @@ class MaskedPatchEmbed(nn.Module):
         mean: Three channel means in 0-1 units, subtracted from uint8 (as value / 255) and floating images alike;
             None for images that are already normalised.
         std: Three channel standard deviations; given with `mean` or not at all.
-        impl: Implementation of the gather: `auto`, `triton` or `reference`.
+        impl: Implementation of the gather: `auto`, `cuda`, `triton` or `reference`.
 
     Raises:
         ValueError: An argument is out of range.

@@ -44,7 +44,7 @@ class Implementation:
         name: `cuda` (the compiled extension, on CPU tensors its C++ twin), `triton`, `chunked` (PyTorch's matrix
             products on parts of the problem) or `reference` (plain PyTorch).
         module: Absolute name of the module that holds one function per pass, imported on first use.
-        reasons: For each pass, a predicate over that pass's arguments that returns the reasons against.
+        reasons: For each pass that it has, a predicate over that pass's arguments that returns the reasons against.
         supports: What it takes, in one line for the support matrix.
         reservations: For some passes, a predicate that returns why `auto` should rather take another implementation
             although this one could run.
@@ -61,11 +61,15 @@ class Implementation:
 
     def before_call(self, which: str, args: tuple[Any, ...]) -> list[str]:
         """Returns why this implementation cannot run, as far as that is worth knowing before the call."""
-        return self.quick.get(which, self.reasons[which])(*args)
+        return self.quick[which](*args) if which in self.quick else self.why_not(which, args)
+
+    def why_not(self, which: str, args: tuple[Any, ...]) -> list[str]:
+        """Returns every reason why this implementation cannot run."""
+        return self.reasons[which](*args) if which in self.reasons else [f"it has no {which} pass"]
 
     def against(self, which: str, args: tuple[Any, ...], *, quick: bool = False) -> list[str]:
         """Returns why `auto` passes this implementation over: it cannot run, or others are expected to be faster."""
-        reasons = self.before_call(which, args) if quick else self.reasons[which](*args)
+        reasons = self.before_call(which, args) if quick else self.why_not(which, args)
         if reasons or which not in self.reservations:
             return reasons
         return [f"it could run, but {reservation}" for reservation in self.reservations[which](*args)]

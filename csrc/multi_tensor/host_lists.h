@@ -17,7 +17,7 @@ namespace {  // the tensors' own type is not for export
 // One list of corresponding tensors.
 struct Stream {
   std::string name;
-  std::vector<Tensor>& tensors;
+  const std::vector<Tensor>& tensors;
   bool may_be_bf16;
   bool must_be_bf16 = false;
 };
@@ -207,16 +207,6 @@ T* workspace(std::vector<Tensor>& keep, const Tensor& like, int64_t count) {
   keep.push_back(torch::stable::new_empty(like, {bytes}, ScalarType::Byte));
   return static_cast<T*>(keep.back().data_ptr());
 }
-
-#if defined(__x86_64__)
-inline bool has_v3() {
-  static const bool answer = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                             __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-  return answer;
-}
-#else
-inline bool has_v3() { return false; }
-#endif
 
 // Runs `operation` on the device of the lists, with the best instructions that the CPU has.
 #define VITRAIL_RUN(operation, call, lists)                            \

@@ -7,10 +7,11 @@
 namespace vitrail {
 namespace {
 
-using List = std::vector<Tensor>;
-using Maybe = std::optional<Tensor>;
+// By reference: copying a list would copy a shared pointer for every tensor.
+using List = const std::vector<Tensor>&;
+using Maybe = const std::optional<Tensor>&;
 
-void ema_op(List teachers, List students, List shadows, Tensor momentum, Maybe found_inf, bool dry) {
+void ema_op(List teachers, List students, List shadows, const Tensor& momentum, Maybe found_inf, bool dry) {
   std::vector<Stream> streams{{"teacher", teachers, false}, {"student", students, true}};
   if (!shadows.empty()) streams.push_back({"shadow", shadows, true, true});
   const HostLists lists(streams);
@@ -26,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(List tensors, bool dry) {
     return torch::stable::new_empty(tensors.front(), sizes, ScalarType::Float);
   };
   const Tensor total = result({}), norms = result({lists.count()}), found_inf = result({});
-  List kept;
+  std::vector<Tensor> kept;
   const NormCall call{lists.groups(),
                       lists.count(),
                       lists.sizes(),
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(List tensors, bool dry) {
   return {total, norms, found_inf};
 }
 
-void scale_op(List tensors, Tensor scales, bool dry) {
+void scale_op(List tensors, const Tensor& scales, bool dry) {
   const HostLists lists({{"tensors", tensors, true}});
   const Scales factors(scales, lists.count(), lists.device());
   const ScaleCall call{lists.groups(), factors.values, factors.one_for_all};
@@ -47,7 +48,7 @@ void scale_op(List tensors, Tensor scales, bool dry) {
 }
 
 void adamw_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List teachers, List param_copies,
-              List teacher_copies, List steps, Tensor lr, Tensor ema_momentum, double beta1, double beta2, double eps,
+              List teacher_copies, List steps, const Tensor& lr, const Tensor& ema_momentum, double beta1, double beta2, double eps,
               double weight_decay, Maybe scales, Maybe found_inf, bool dry) {
   std::vector<Stream> streams{{"params", params, true},
                               {"grads", grads, true},
@@ -61,7 +62,7 @@ void adamw_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List tea
   const auto device = lists.device();
   const Scales factors(scales, lists.count(), device);
   const auto counters = step_pointers(steps, lists.count(), device);
-  List kept;
+  std::vector<Tensor> kept;
   const AdamWCall call{lists.groups(),
                        !teachers.empty(),
                        !param_copies.empty(),

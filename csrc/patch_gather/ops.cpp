@@ -5,16 +5,6 @@
 namespace vitrail {
 namespace {
 
-#if defined(__x86_64__)
-bool has_v3() {
-  static const bool answer = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                             __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-  return answer;
-}
-#else
-bool has_v3() { return false; }
-#endif
-
 Output output_of(const Tensor& out) {
   switch (out.scalar_type()) {
     case ScalarType::Float: return Output::fp32;

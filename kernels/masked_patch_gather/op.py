@@ -82,12 +82,6 @@ def _extension_reasons(
     )
 
 
-def _extension_backward_reasons(
-    grad: torch.Tensor, images: torch.Tensor, indices: torch.Tensor, patch_size: int, std: Sequence[float]
-) -> list[str]:
-    return ["the extension gathers uint8 images alone, which have no gradient; use triton or the reference"]
-
-
 def _triton_reasons(
     images: torch.Tensor,
     indices: torch.Tensor,
@@ -137,7 +131,7 @@ OP = register(
             Implementation(
                 name="cuda",
                 module="vitrail.kernels.masked_patch_gather.extension",
-                reasons={"forward": _extension_reasons, "backward": _extension_backward_reasons},
+                reasons={"forward": _extension_reasons},  # uint8 has no gradient
                 supports="uint8 images with adjacent pixels, interleaved or in planes; patches 8, 14, 16, 32",
             ),
             Implementation(

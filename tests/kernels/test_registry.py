@@ -104,6 +104,14 @@ def refusing(monkeypatch) -> tuple[Op, list[str]]:
     return Op(name="example", bind=lambda *args: args, implementations=(cuda, reference)), ran
 
 
+def test_a_pass_that_is_not_there_is_refused():
+    forward_only = make_op(("cuda", []), ("reference", []))
+    args = (on_gpu(2),)
+    assert forward_only.implementations[0].why_not("backward", args) == ["it has no backward pass"]
+    with pytest.raises(UnsupportedError, match="it has no backward pass"):
+        forward_only.choose("backward", "cuda", args)
+
+
 def test_an_implementation_may_refuse_when_called(monkeypatch, caplog):
     op, ran = refusing(monkeypatch)
     with caplog.at_level(logging.WARNING, logger="vitrail.kernels"):
@@ -167,8 +175,11 @@ def test_the_environment_variable_decides_what_auto_means(monkeypatch):
 def test_explain_takes_the_function_or_its_name_and_checks_the_call():
     arguments = (torch.zeros(1, 16, 16, 3, device=kernel_device()), torch.zeros(1, 2, dtype=torch.int64), 8)
     arguments = (arguments[0], arguments[1].to(kernel_device()), arguments[2])
-    assert explain(masked_patch_gather, *arguments) == {"triton": [], "reference": []}
-    assert explain("masked_patch_gather", *arguments, impl="triton") == {"triton": [], "reference": []}
+    (refused,) = explain(masked_patch_gather, *arguments).pop("cuda")
+    assert "uint8" in refused or "extension" in refused
+    expected = {"cuda": [refused], "triton": [], "reference": []}
+    assert explain(masked_patch_gather, *arguments) == expected
+    assert explain("masked_patch_gather", *arguments, impl="triton") == expected
     with pytest.raises(KeyError, match="no op called 'gather'"):
         explain("gather")
     with pytest.raises(ValueError, match="pad_to=1"):
