@@ -28,6 +28,14 @@ def test_the_loss_of_the_example_goes_into_a_plain_loop():
     assert isinstance(names["criterion"], NTXentLoss)
 
 
+def test_the_optimiser_of_the_example_moves_student_and_teacher():
+    torch.manual_seed(0)
+    names = run_example("Optimisers")
+    assert names["optimizer"].norms.total > 0
+    for parameter, average in names["pairs"].items():
+        assert not torch.equal(parameter, average)
+
+
 def test_the_example_runs_and_trains_its_parts():
     names = run_example("Kernels")
     for tensor in (names["embed"].proj.weight, names["head"].weight, names["mask_token"]):
@@ -41,6 +49,7 @@ def test_links_and_pictures_exist():
         *ROOT.glob("docs/**/*.md"),
         ROOT / "recipes/README.md",
         *ROOT.glob("kernels/*/README.md"),
+        ROOT / "csrc/README.md",
     ]
     broken = []
     for page in pages:
