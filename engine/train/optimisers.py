@@ -95,11 +95,11 @@ def choose(config: RunConfig) -> str:
     """The implementation that runs `config`'s optimiser here; touches neither a GPU nor a process group.
 
     Raises:
-        ConfigError: none can, or not the one that was asked for, or the clipping cannot be had.
+        ConfigError: none can, or not the one that was asked for, or the gradients cannot be clipped or kept as asked.
     """
     optim, stage = config.optim, config.train.zero_stage
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _check_clipping(optim, stage)
+    _check_gradients(config)
     candidates = AUTOMATIC if optim.implementation == "auto" else (optim.implementation,)
     against = {c: reasons(c, name=optim.name, stage=stage, device=device) for c in candidates}
     for candidate, found in against.items():
@@ -111,7 +111,13 @@ def choose(config: RunConfig) -> str:
     )
 
 
-def _check_clipping(optim: OptimConfig, stage: int) -> None:
+def _check_gradients(config: RunConfig) -> None:
+    optim, stage = config.optim, config.train.zero_stage
+    if not stage and config.train.reduce_dtype != "fp32":
+        raise ConfigError(
+            f"train.reduce_dtype {config.train.reduce_dtype} cannot run with train.zero_stage 0: there DeepSpeed keeps "
+            "gradients in the parameters' fp32; pass --train.zero-stage 1, or --train.reduce-dtype fp32"
+        )
     if not optim.clip_per_tensor:
         return
     if not optim.clip:

@@ -173,7 +173,10 @@ def train(config: RunConfig, name: str | None = None, *, watch: bool = False, st
 
 
 def stages(scratch: Path) -> Any:
-    """Every stage: watched, then interrupted and continued; stage 0 with torch's AdamW as well."""
+    """Every stage: watched, then interrupted and continued; stage 0 with torch's AdamW too.
+
+    Beside them: stage 3 with gradients in bf16, and a teacher that takes the momentum of the coming step.
+    """
     report: dict[str, Any] = {}
     for stage in range(4):
         report[f"stage{stage}"] = train(
@@ -184,6 +187,8 @@ def stages(scratch: Path) -> Any:
         report[f"parts{stage}"] = train(parts, f"parts{stage}")
     torchs = follow_config(scratch / "torch", zero_stage=0, optim={"implementation": "torch"})
     report["torch"] = train(torchs, "torch", watch=True)
+    narrow = follow_config(scratch / "bf16", zero_stage=3, precision="bf16", reduce_dtype="bf16")
+    report["bf16"] = train(narrow, watch=True)
     coming = follow_config(scratch / "coming", zero_stage=0)
     coming = replace(coming, method=FollowConfig(timing="coming"))
     report["coming"] = train(coming, watch=True)

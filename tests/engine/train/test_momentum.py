@@ -12,7 +12,7 @@ from training import STEPS
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
-WATCHED = ["stage0", "stage1", "stage2", "stage3", "torch", "coming"]
+WATCHED = ["stage0", "stage1", "stage2", "stage3", "torch", "bf16", "coming"]
 
 
 class Runs:

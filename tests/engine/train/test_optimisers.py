@@ -89,6 +89,14 @@ def test_clipping_per_tensor_needs_stage_0_and_a_limit(tmp_path):
     assert choice.choose(configured(tmp_path, 0, clip=3.0, clip_per_tensor=True)) == "vitrail"
 
 
+def test_gradients_in_bf16_need_shards(tmp_path):
+    config = configured(tmp_path, 0)
+    with pytest.raises(ConfigError, match=r"reduce_dtype bf16 cannot run with train\.zero_stage 0: .*zero-stage 1, or"):
+        choice.choose(replace(config, train=replace(config.train, reduce_dtype="bf16")))
+    for stage in (1, 2, 3):
+        assert choice.choose(training.tiny_config(tmp_path, zero_stage=stage, reduce_dtype="bf16")) == "torch"
+
+
 def test_deepspeed_clips_only_where_it_steps(tmp_path):
     """In stage 0 it would read and write the gradients that the optimiser clips as it reads them."""
     limits = [deepspeed_config(configured(tmp_path, stage, clip=2.0), 1)["gradient_clipping"] for stage in range(4)]
