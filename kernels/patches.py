@@ -24,7 +24,8 @@ def check_images(images: torch.Tensor, patch_size: int) -> tuple[int, int]:
     """
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images must be uint8 or floating, got {images.dtype}; convert them with .to(torch.uint8)")
-    if images.ndim != 4 or CHANNELS not in (images.shape[1], images.shape[3]):
+    # Written as comparisons: torch 2.11 cannot compile a search among sizes that it does not know.
+    if images.ndim != 4 or (images.shape[1] != CHANNELS and images.shape[3] != CHANNELS):
         raise ValueError(f"images must have shape [B, H, W, 3] or [B, 3, H, W], got {list(images.shape)}")
     if images.shape[1] == images.shape[3]:
         raise ValueError(
