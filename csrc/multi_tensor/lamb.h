@@ -20,7 +20,7 @@ struct LambConstants {
   double beta1, beta2, weight_decay;
   float eps;
   bool averaging;  // multiply the gradient by 1 - beta1
-  bool adapt;      // multiply the update by a trust ratio
+  bool adapt;      // multiply the update by a trust ratio; without, the passes are the same
 };
 
 struct LambCall {
@@ -33,7 +33,7 @@ struct LambCall {
   const float* scales;  // of the gradients: null, one for all, or one for each
   bool one_for_all;
   const float* found_inf;
-  float* partials;  // two for each chunk, if there are ratios
+  float* partials;  // two for each chunk
   double* sums;     // two for each tensor
   LambCoefficients* coefficients;
 };
@@ -81,7 +81,6 @@ struct LambTrust {
 // The arithmetic of one element; `c` as above.
 struct LambRule {
   float beta1, gain1, beta2, gain2, eps, decay;  // gain: 1 - beta
-  bool averaging;
 
   VITRAIL_HD explicit LambRule(const LambConstants& constants)
       : beta1(float(constants.beta1)),
@@ -89,12 +88,13 @@ struct LambRule {
         beta2(float(constants.beta2)),
         gain2(float(1.0 - constants.beta2)),
         eps(constants.eps),
-        decay(float(constants.weight_decay)),
-        averaging(constants.averaging) {}
+        decay(float(constants.weight_decay)) {}
 
+  // A branch on `kAveraging` at run time would keep the CPU's compiler from vectors.
+  template <bool kAveraging>
   VITRAIL_HD void move(float grad, float& mean, float& square, const LambCoefficients& c) const {
     grad *= c.scale;
-    mean = averaging ? lerp(mean, grad, gain1) : mean * beta1 + grad;
+    mean = kAveraging ? lerp(mean, grad, gain1) : mean * beta1 + grad;
     square = fma(gain2 * grad, grad, square * beta2);
   }
 
@@ -105,7 +105,7 @@ struct LambRule {
 };
 
 // First pass: the moments, and squares of the weights and of the update.
-template <class Param, class Grad, class Moment>
+template <class Param, class Grad, class Moment, bool kAveraging>
 struct LambMoments {
   using Streams = Types<Param, Grad, Moment, Moment>;
   using Coefficients = LambCoefficients;
@@ -118,7 +118,7 @@ struct LambMoments {
   VITRAIL_HD Coefficients coefficients(int tensor) const { return all[tensor]; }
 
   VITRAIL_HD void operator()(float* x, const Coefficients& c, float* sums) const {
-    rule.move(x[1], x[2], x[3], c);
+    rule.template move<kAveraging>(x[1], x[2], x[3], c);
     x[2] = to_float(from_float<Moment>(x[2]));  // the second pass reads them as they are stored
     x[3] = to_float(from_float<Moment>(x[3]));
     const float update = rule.update(x[0], x[2], x[3], c);
@@ -142,27 +142,6 @@ struct LambWeights {
 
   VITRAIL_HD void operator()(float* x, const Coefficients& c, float*) const {
     x[0] = x[0] + c.step * rule.update(x[0], x[1], x[2], c);
-  }
-};
-
-// Both passes in one, where there is no norm to wait for.
-template <class Param, class Grad, class Moment>
-struct LambPlain {
-  using Streams = Types<Param, Grad, Moment, Moment>;
-  using Coefficients = LambCoefficients;
-  static constexpr unsigned kReads = 0b1111, kWrites = 0b1101;
-  static constexpr int kSums = 0;
-
-  LambRule rule;
-  const LambCoefficients* all;
-
-  VITRAIL_HD Coefficients coefficients(int tensor) const { return all[tensor]; }
-
-  VITRAIL_HD void operator()(float* x, const Coefficients& c, float*) const {
-    rule.move(x[1], x[2], x[3], c);
-    x[2] = to_float(from_float<Moment>(x[2]));
-    x[3] = to_float(from_float<Moment>(x[3]));
-    x[0] = x[0] + c.step * rule.update(x[0], x[2], x[3], c);
   }
 };
 
@@ -199,17 +178,20 @@ void lamb(const Executor& executor, const LambCall& call) {
   const LambRule rule(call.constants);
   const LambCoefficients* const c = call.coefficients;
   lamb_prepare(executor, call);
-  if (!call.constants.adapt) {
-    lamb_groups(call.groups, [&](auto param, auto grad, auto moment, const Lists& lists) {
-      executor.visit(lists, LambPlain<decltype(param), decltype(grad), decltype(moment)>{rule, c});
-    });
-    return;
-  }
   lamb_groups(call.groups, [&](auto param, auto grad, auto moment, const Lists& lists) {
-    executor.visit(lists, LambMoments<decltype(param), decltype(grad), decltype(moment)>{rule, c}, call.partials);
+    using P = decltype(param);
+    using G = decltype(grad);
+    using M = decltype(moment);
+    if (call.constants.averaging) {
+      executor.visit(lists, LambMoments<P, G, M, true>{rule, c}, call.partials);
+    } else {
+      executor.visit(lists, LambMoments<P, G, M, false>{rule, c}, call.partials);
+    }
   });
-  executor.template reduce<2>(call.count, call.sizes, call.partials, call.sums);
-  executor.each(call.count, LambTrust{call.lr, call.sums, call.coefficients});
+  if (call.constants.adapt) {
+    executor.template reduce<2>(call.count, call.sizes, call.partials, call.sums);
+    executor.each(call.count, LambTrust{call.lr, call.sums, call.coefficients});
+  }
   lamb_groups(call.groups, [&](auto param, auto, auto moment, Lists lists) {
     lists.pointers[1] = lists.pointers[2];  // this pass knows no gradients
     lists.pointers[2] = lists.pointers[3];

@@ -5,10 +5,11 @@
 namespace vitrail {
 namespace {
 
-using List = std::vector<Tensor>;
-using Maybe = std::optional<Tensor>;
+// By reference: copying a list would copy a shared pointer for every tensor.
+using List = const std::vector<Tensor>&;
+using Maybe = const std::optional<Tensor>&;
 
-void check_moments(const List& exp_avgs, const List& exp_avg_sqs) {
+void check_moments(List exp_avgs, List exp_avg_sqs) {
   for (size_t t = 0; t < exp_avgs.size(); ++t) {
     const auto first = exp_avgs[t].scalar_type(), second = exp_avg_sqs[t].scalar_type();
     require(first == second, "exp_avgs[", t, "] is ", name_of(first), ", exp_avg_sqs[", t, "] is ", name_of(second),
@@ -16,7 +17,7 @@ void check_moments(const List& exp_avgs, const List& exp_avg_sqs) {
   }
 }
 
-void lamb_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List steps, Tensor lr, double beta1,
+void lamb_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List steps, const Tensor& lr, double beta1,
              double beta2, double eps, double weight_decay, bool grad_averaging, bool adapt, Maybe scales,
              Maybe found_inf, bool dry) {
   const HostLists lists({{"params", params, true},
@@ -27,7 +28,7 @@ void lamb_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List step
   const auto device = lists.device();
   const Scales factors(scales, lists.count(), device);
   const auto counters = step_pointers(steps, lists.count(), device);
-  List kept;
+  std::vector<Tensor> kept;
   const LambCall call{lists.groups(),
                       lists.count(),
                       lists.sizes(),
@@ -37,8 +38,8 @@ void lamb_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List step
                       factors.values,
                       factors.one_for_all,
                       flag("found_inf", found_inf, device),
-                      workspace<float>(kept, params.front(), adapt ? 2 * lists.chunks() : 0),
-                      workspace<double>(kept, params.front(), adapt ? 2 * lists.count() : 0),
+                      workspace<float>(kept, params.front(), 2 * lists.chunks()),
+                      workspace<double>(kept, params.front(), 2 * lists.count()),
                       workspace<LambCoefficients>(kept, params.front(), lists.count())};
   if (!dry) VITRAIL_RUN(lamb, call, lists);
 }

@@ -5,17 +5,18 @@
 namespace vitrail {
 namespace {
 
-using List = std::vector<Tensor>;
-using Maybe = std::optional<Tensor>;
+// By reference: copying a list would copy a shared pointer for every tensor.
+using List = const std::vector<Tensor>&;
+using Maybe = const std::optional<Tensor>&;
 
-void lars_op(List params, List grads, List momentum_buffers, Tensor lr, double momentum, double weight_decay,
+void lars_op(List params, List grads, List momentum_buffers, const Tensor& lr, double momentum, double weight_decay,
              double trust_coefficient, double eps, bool adapt, bool lr_in_momentum, bool parts, bool clip_ratio,
              Maybe scales, Maybe found_inf, bool dry) {
   const HostLists lists(
       {{"params", params, true}, {"grads", grads, true}, {"momentum_buffers", momentum_buffers, false}});
   const auto device = lists.device();
   const Scales factors(scales, lists.count(), device);
-  List kept;
+  std::vector<Tensor> kept;
   const LarsCall call{
       lists.groups(),
       lists.count(),
