@@ -103,7 +103,7 @@ def main() -> None:
 
 def _optimisers(device: torch.device) -> Table:
     """Whose code steps the weights in a run on `device`, by optimiser and ZeRO stage."""
-    from .train.optimisers import overview
+    from .train.optimizers import overview
 
     table = Table("optim.name", "ZeRO stage", "implementation", "state", title="optimisers", title_justify="left")
     for name, stages, states in overview(device):

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import ConfigError, RunConfig
-from .optimisers import choose
+from .optimizers import choose
 
 PREFIX = "step_"
 

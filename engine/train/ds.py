@@ -15,7 +15,7 @@ from vitrail.kernels.multi_tensor_norm.op import Norms
 from vitrail.kernels.optimizers import FusedOptimizer
 
 from ..data.cache import available_threads
-from . import optimisers
+from . import optimizers
 from .config import OptimConfig, RunConfig
 from .param_groups import decay_groups
 
@@ -99,9 +99,9 @@ def initialise(
     Raises:
         ConfigError: the optimiser that `config` names cannot run here.
     """
-    implementation = optimisers.choose(config)
+    implementation = optimizers.choose(config)
     groups = decay_groups(method, config.optim.weight_decay)
-    optimizer = optimisers.build(implementation, config.optim, groups, teachers or {})
+    optimizer = optimizers.build(implementation, config.optim, groups, teachers or {})
     engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=deepspeed_config(config, world))
     return engine
 
@@ -116,7 +116,7 @@ def guarded_step(engine: DeepSpeedEngine, optim: OptimConfig) -> tuple[bool, Ten
     """Finish a micro-batch; at the end of an accumulation, step unless the gradient is not finite.
 
     Stages 1 to 3 check and clip the gradient themselves. Stage 0 under autocast does not check and would poison the
-    weights: there vitrail's optimisers do both within their step, and torch's is handed the flag and the scale.
+    weights: there vitrail's optimisers do both within their step, and the others are handed the flag.
 
     Returns:
         Whether the parameters changed (False between boundaries), and the global gradient norm before clipping.
@@ -134,15 +134,19 @@ def guarded_step(engine: DeepSpeedEngine, optim: OptimConfig) -> tuple[bool, Ten
 
 
 def _guard(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> Norms:
-    """Tell torch's fused optimiser whether to step and how to scale the gradients; one pass over them."""
+    """Tell an optimiser that is not vitrail's whether to step; scale its gradients, or have torch's scale them."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norms = multi_tensor_norm(gradients)
-    scaled: Any = optimizer
-    scaled.found_inf = norms.found_inf
+    told: Any = optimizer
+    fused = isinstance(optimizer, torch.optim.AdamW)
+    if fused:
+        told.found_inf = norms.found_inf
+    else:
+        told.held_back = norms.found_inf
     if optim.clip:
         scales = clip_scales(norms, optim.clip, per_tensor=optim.clip_per_tensor)
-        if optim.clip_per_tensor:  # torch's kernel takes one number for all gradients
-            multi_tensor_scale_(gradients, scales)
+        if fused and not optim.clip_per_tensor:
+            told.grad_scale = 1.0 / scales  # its kernel divides by one number for all gradients
         else:
-            scaled.grad_scale = 1.0 / scales  # its kernel divides
+            multi_tensor_scale_(gradients, scales)
     return norms

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..data import DataError, Source, open_source
-from . import optimisers
+from . import optimizers
 from .config import ConfigError, RunConfig
 from .demo import shrink
 
@@ -25,7 +25,7 @@ def launch(recipe: Callable[[], RunConfig], argv: Sequence[str] | None = None) -
     try:
         config, demo = parse(recipe, sys.argv[1:] if argv is None else argv)
         config.accumulation(int(os.environ.get("WORLD_SIZE", "1")))  # refuses a batch that does not divide
-        optimisers.choose(config)  # refuses an optimiser that cannot run
+        optimizers.choose(config)  # refuses an optimiser that cannot run
         _train(config, open_source(config.data, "train"), open_source(config.data, "val"), demo=demo)
     except (ConfigError, DataError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":

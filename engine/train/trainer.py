@@ -22,7 +22,7 @@ from .config import RunConfig
 from .ds import guarded_step, initialise, set_learning_rate
 from .ema import TeacherEMA, parameter_pairs, steppable
 from .metrics import DeviceMeans, Recorder
-from .optimisers import TITLES, choose
+from .optimizers import TITLES, choose
 from .schedules import cosine_with_warmup
 from .throughput import Throughput
 

@@ -58,8 +58,11 @@ def test_doctor_says_whose_optimiser_runs_and_why_the_others_do_not(vitrail):
         "('adamw', '1, 2, 3', 'torch') active",
         "('adamw', '1, 2, 3', 'vitrail') its gain is the teacher's update in the same pass",
         "('lars', '0', 'vitrail') active",
-        "('lamb', '1, 2, 3', 'vitrail') its trust ratios, one for each parameter, would be wrong on flat ZeRO shards; "
-        "pass --train.zero-stage 0",
+        "('adamw', '0', 'deepspeed') with --optim.implementation deepspeed",
+        "('lars', '0', 'torch') PyTorch has no LARS",
+        "('lamb', '0', 'deepspeed') DeepSpeed's FusedLamb runs on CUDA devices, not on the CPU",
+        "('lamb', '1, 2, 3', 'vitrail') LAMB's trust ratios, one for each parameter, would be wrong on flat ZeRO "
+        "shards; pass --train.zero-stage 0",
     ):
         assert f"\n{told}" in state, state
 

@@ -221,6 +221,7 @@ def optimisers(scratch: Path) -> Any:
         "clipped in stage 1": (1, OPTIMISERS["clipped"]),
         "not clipped": (1, {}),
         "deepspeed": (1, {"implementation": "deepspeed"}),
+        "clipped for deepspeed": (0, {**OPTIMISERS["clipped"], "implementation": "deepspeed"}),
     }
     for name, (stage, optim) in others.items():
         report[name] = train(follow_config(scratch / name, zero_stage=stage, optim=optim), name)

@@ -144,3 +144,4 @@ def test_clipping_is_the_same_whoever_does_it(optimisers, ranks):
 def test_deepspeeds_adamw_trains_alike(optimisers, ranks):
     runs = optimisers[ranks]
     assert runs.losses("deepspeed") == pytest.approx(runs.losses("not clipped"), rel=1e-4)
+    assert runs.losses("clipped for deepspeed") == pytest.approx(runs.losses("clipped"), rel=1e-4)

@@ -1,6 +1,9 @@
 """Which optimiser runs, what is refused, and in which words."""
 
 import itertools
+import math
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -9,7 +12,7 @@ import training
 from torch import nn
 
 from vitrail.engine.train import ConfigError, OptimConfig
-from vitrail.engine.train import optimisers as choice
+from vitrail.engine.train import optimizers as choice
 from vitrail.engine.train.ds import _guard, deepspeed_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -36,8 +39,8 @@ def test_trust_ratios_on_shards_are_refused(tmp_path, stage, name, implementatio
     with pytest.raises(ConfigError) as refusal:
         choice.choose(configured(tmp_path, stage, name=name, implementation=implementation))
     assert str(refusal.value) == (
-        f"optim.name {name} of vitrail cannot run with train.zero_stage {stage}: its trust ratios, one for each "
-        "parameter, would be wrong on flat ZeRO shards; pass --train.zero-stage 0"
+        f"optim.name {name} of vitrail cannot run with train.zero_stage {stage}: {choice.TITLES[name]}'s trust ratios, "
+        "one for each parameter, would be wrong on flat ZeRO shards; pass --train.zero-stage 0"
     )
 
 
@@ -49,9 +52,11 @@ def test_trust_ratios_on_shards_are_refused(tmp_path, stage, name, implementatio
             {"implementation": "vitrail"},
             "adamw of vitrail .*zero_stage 2: .*no teachers; pass --train.zero-stage 0",
         ),
-        (0, {"name": "lamb", "implementation": "torch"}, "LAMB from vitrail alone; pass --optim.implementation auto"),
+        (0, {"name": "lamb", "implementation": "torch"}, "PyTorch has no LAMB"),
+        (2, {"name": "lamb", "implementation": "torch"}, "wrong on flat ZeRO shards.*PyTorch has no LAMB"),
+        (0, {"name": "lars", "implementation": "apex"}, "apex has no LARS"),
+        (0, {"name": "lamb", "implementation": "deepspeed"}, "FusedLamb runs on CUDA devices, not on the CPU"),
         (1, {"implementation": "apex"}, "apex is not installed"),
-        (0, {"implementation": "deepspeed"}, "gradients that are not finite .*pass --train.zero-stage 1"),
     ],
 )
 def test_a_choice_that_cannot_run_says_why_in_one_line(tmp_path, monkeypatch, stage, optim, told):
@@ -63,7 +68,8 @@ def test_a_choice_that_cannot_run_says_why_in_one_line(tmp_path, monkeypatch, st
 
 def test_an_explicit_choice_that_can_run_is_taken(tmp_path):
     assert choice.choose(configured(tmp_path, 0, implementation="torch")) == "torch"
-    assert choice.choose(configured(tmp_path, 3, implementation="deepspeed")) == "deepspeed"
+    for stage in range(4):
+        assert choice.choose(configured(tmp_path, stage, implementation="deepspeed")) == "deepspeed"
 
 
 def test_apex_needs_its_kernels_and_a_gpu(monkeypatch):
@@ -75,7 +81,50 @@ def test_apex_needs_its_kernels_and_a_gpu(monkeypatch):
     assert found("apex") == ["apex is installed without its compiled kernels (amp_C)"]
     assert found("apex", "amp_C") == []
     assert choice.reasons("apex", name="adamw", stage=1, device=CPU) == ["it runs on CUDA devices, not on the CPU"]
-    assert len(choice.reasons("apex", name="adamw", stage=0, device=GPU)) == 1
+    for name, stage in (("adamw", 0), ("adamw", 3), ("lamb", 0)):
+        assert choice.reasons("apex", name=name, stage=stage, device=GPU) == []
+    (told,) = choice.reasons("apex", name="lamb", stage=1, device=GPU)
+    assert "trust ratios" in told
+
+
+class Foreign(torch.optim.SGD):
+    """An optimiser that knows nothing of flags, in the place of apex's or DeepSpeed's; keeps what it was built with."""
+
+    def __init__(self, params, **options):
+        self.options = options
+        super().__init__(params, lr=options["lr"])
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name", "module", "wanted"),
+    [
+        ("apex", "adamw", "apex.optimizers.FusedAdam", {"adam_w_mode": True}),
+        ("apex", "lamb", "apex.optimizers.FusedLAMB", {"max_grad_norm": math.inf}),
+        ("deepspeed", "adamw", "deepspeed.ops.adam.FusedAdam", {"adam_w_mode": True}),
+        ("deepspeed", "lamb", "deepspeed.ops.lamb.FusedLamb", {}),
+    ],
+)
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_foreign_optimisers_are_clipped_and_held_back(monkeypatch, implementation, name, module, wanted, per_tensor):
+    path, cls = module.rsplit(".", 1)
+    monkeypatch.setitem(sys.modules, path, types.SimpleNamespace(**{cls: Foreign}))
+    optim = OptimConfig(name=name, betas=(0.8, 0.7), eps=1e-3, clip=1.0, clip_per_tensor=per_tensor)
+    parameters = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(9))]
+    built = choice.build(implementation, optim, [{"params": parameters}], {})
+    assert built.options == {"lr": 0.0, "betas": (0.8, 0.7), "eps": 1e-3, **wanted}
+    built.param_groups[0]["lr"] = 1.0
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, math.nan)
+    assert _guard(built, optim).found_inf == 1
+    built.step()
+    assert not any(parameter.any() for parameter in parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    _guard(built, optim)
+    built.step()
+    norms = [2.0, 3.0] if per_tensor else [13**0.5] * 2
+    for parameter, norm in zip(parameters, norms, strict=True):
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, -1 / norm))
 
 
 def test_clipping_per_tensor_needs_stage_0_and_a_limit(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -28,25 +29,30 @@ def reasons(implementation: str, *, name: str, stage: int, device: torch.device)
     """
     if implementation == "vitrail":
         return _vitrail(name, stage)
-    if name != "adamw":
-        return [f"the trainer takes {TITLES[name]} from vitrail alone; pass --optim.implementation auto"]
+    against = [] if name == "adamw" or stage == 0 else [_shards(name)]
     if implementation == "torch":
-        return []
-    against = _apex(device) if implementation == "apex" else _deepspeed()
-    if stage == 0:
-        why = "stage 0 leaves gradients that are not finite to the optimiser, and this one would step on them"
-        return [*against, f"{why}; pass --train.zero-stage 1"]
-    return against
+        return against if name == "adamw" else [*against, f"PyTorch has no {TITLES[name]}"]
+    if name == "lars":
+        return [*against, f"{implementation} has no LARS"]
+    return against + (_apex(device) if implementation == "apex" else _deepspeed(name, device))
 
 
 def _vitrail(name: str, stage: int) -> list[str]:
     if stage == 0:
         return []
-    if name == "adamw":
-        why = "its gain is the teacher's update in the same pass, and flat ZeRO shards have no teachers"
-    else:
-        why = "its trust ratios, one for each parameter, would be wrong on flat ZeRO shards"
-    return [f"{why}; pass --train.zero-stage 0"]
+    if name != "adamw":
+        return [_shards(name)]
+    return [
+        "its gain is the teacher's update in the same pass, and flat ZeRO shards have no teachers; "
+        "pass --train.zero-stage 0"
+    ]
+
+
+def _shards(name: str) -> str:
+    return (
+        f"{TITLES[name]}'s trust ratios, one for each parameter, would be wrong on flat ZeRO shards; "
+        "pass --train.zero-stage 0"
+    )
 
 
 def _apex(device: torch.device) -> list[str]:
@@ -58,17 +64,20 @@ def _apex(device: torch.device) -> list[str]:
     return against
 
 
-def _deepspeed() -> list[str]:
-    """DeepSpeed compiles its Adam on first use, for the GPU or the CPU."""
+def _deepspeed(name: str, device: torch.device) -> list[str]:
+    """DeepSpeed compiles its optimisers on first use, Adam for the GPU or the CPU, LAMB for the GPU."""
+    if name == "lamb" and device.type != "cuda":
+        return [f"DeepSpeed's FusedLamb runs on CUDA devices, not on the {device.type.upper()}"]
     from . import ds  # noqa: F401 - tells DeepSpeed which accelerator there is
 
     try:
-        from deepspeed.ops.op_builder import FusedAdamBuilder
+        from deepspeed.ops import op_builder
 
-        compatible = FusedAdamBuilder().is_compatible(verbose=False)
+        builder = op_builder.FusedLambBuilder if name == "lamb" else op_builder.FusedAdamBuilder
+        compatible = builder().is_compatible(verbose=False)
     except Exception as error:  # builders raise whatever a missing compiler makes of them
-        return [f"DeepSpeed cannot compile its FusedAdam here: {error}".splitlines()[0]]
-    return [] if compatible else ["DeepSpeed cannot compile its FusedAdam here: ds_report says what is missing"]
+        return [f"DeepSpeed cannot compile its optimiser here: {error}".splitlines()[0]]
+    return [] if compatible else ["DeepSpeed cannot compile its optimiser here: ds_report says what is missing"]
 
 
 def overview(device: torch.device) -> list[tuple[str, str, list[tuple[str, str]]]]:
@@ -140,7 +149,7 @@ def build(
     Args:
         implementation: what `choose` returned.
         optim: its settings. vitrail's optimisers clip and check the gradients themselves, `guarded_step` does it for
-            torch's, DeepSpeed in stages 1 to 3.
+            the others in stage 0, DeepSpeed in stages 1 to 3.
         groups: parameter groups, each with its weight decay.
         teachers: teacher of each parameter that has one; `FusedAdamWEMA` alone updates them.
     """
@@ -149,8 +158,35 @@ def build(
         return torch.optim.AdamW(groups, **adam, fused=True)
     if implementation == "vitrail":
         return _build_vitrail(optim, groups, adam, teachers)
+    if optim.name == "lamb":
+        return heeding_the_flag(_foreign_lamb(implementation, groups, adam))
     module = importlib.import_module("apex.optimizers" if implementation == "apex" else "deepspeed.ops.adam")
-    optimizer: torch.optim.Optimizer = module.FusedAdam(groups, **adam, adam_w_mode=True)
+    return heeding_the_flag(module.FusedAdam(groups, **adam, adam_w_mode=True))
+
+
+def _foreign_lamb(implementation: str, groups: list[dict[str, Any]], adam: dict[str, Any]) -> torch.optim.Optimizer:
+    """LAMB of apex, or of DeepSpeed, which holds trust ratios between 0.01 and 10; neither is to clip."""
+    optimizer: torch.optim.Optimizer
+    if implementation == "apex":
+        module = importlib.import_module("apex.optimizers")
+        optimizer = module.FusedLAMB(groups, **adam, max_grad_norm=math.inf)
+    else:
+        optimizer = importlib.import_module("deepspeed.ops.lamb").FusedLamb(groups, **adam)
+    return optimizer
+
+
+def heeding_the_flag(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Make an optimiser pass over a step before which its attribute `held_back` was set to a raised flag.
+
+    torch's fused optimisers have `found_inf` for that, and read it on the device; this one is read on the host.
+    """
+    taken = optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        flag = getattr(optimizer, "held_back", None)
+        return taken(*args, **kwargs) if flag is None or not bool(flag) else None
+
+    optimizer.step = step  # type: ignore[method-assign]
     return optimizer
 
 
