@@ -3,6 +3,8 @@
 
 #include "adamw.h"
 #include "ema.h"
+#include "lamb.h"
+#include "lars.h"
 #include "norm.h"
 
 namespace vitrail {
@@ -12,7 +14,9 @@ namespace vitrail {
   X(ema, EmaCall)               \
   X(norm, NormCall)             \
   X(scale, ScaleCall)           \
-  X(adamw, AdamWCall)
+  X(adamw, AdamWCall)           \
+  X(lars, LarsCall)             \
+  X(lamb, LambCall)
 
 #define VITRAIL_DECLARE(operation, Call)     \
   void operation##_baseline(const Call& call); \

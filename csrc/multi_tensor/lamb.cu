@@ -1,4 +1,4 @@
-#include "lamb.h"
+#include "backends.h"
 #include "cuda.cuh"
 
 namespace vitrail {

@@ -199,8 +199,4 @@ void lamb(const Executor& executor, const LambCall& call) {
   });
 }
 
-void lamb_baseline(const LambCall& call);
-void lamb_v3(const LambCall& call);
-void lamb_cuda(const LambCall& call, void* stream);
-
 }  // namespace vitrail

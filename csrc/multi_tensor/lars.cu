@@ -1,4 +1,4 @@
-#include "lars.h"
+#include "backends.h"
 #include "cuda.cuh"
 
 namespace vitrail {

@@ -164,8 +164,4 @@ void lars(const Executor& executor, const LarsCall& call) {
   });
 }
 
-void lars_baseline(const LarsCall& call);
-void lars_v3(const LarsCall& call);
-void lars_cuda(const LarsCall& call, void* stream);
-
 }  // namespace vitrail

@@ -79,6 +79,64 @@ void adamw_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List tea
   if (!dry) VITRAIL_RUN(adamw, call, lists);
 }
 
+void lars_op(List params, List grads, List momentum_buffers, const Tensor& lr, double momentum, double weight_decay,
+             double trust_coefficient, double eps, bool adapt, bool lr_in_momentum, bool parts, bool clip_ratio,
+             Maybe scales, Maybe found_inf, bool dry) {
+  const HostLists lists(
+      {{"params", params, true}, {"grads", grads, true}, {"momentum_buffers", momentum_buffers, false}});
+  const auto device = lists.device();
+  const Scales factors(scales, lists.count(), device);
+  std::vector<Tensor> kept;
+  const LarsCall call{
+      lists.groups(),
+      lists.count(),
+      lists.sizes(),
+      {momentum, weight_decay, trust_coefficient, eps, adapt, lr_in_momentum, parts, clip_ratio},
+      scalar("lr", lr, device),
+      factors.values,
+      factors.one_for_all,
+      flag("found_inf", found_inf, device),
+      workspace<float>(kept, params.front(), adapt ? 2 * lists.chunks() : 0),
+      workspace<double>(kept, params.front(), adapt ? 2 * lists.count() : 0),
+      workspace<LarsCoefficients>(kept, params.front(), lists.count())};
+  if (!dry) VITRAIL_RUN(lars, call, lists);
+}
+
+void check_moments(List exp_avgs, List exp_avg_sqs) {
+  for (size_t t = 0; t < exp_avgs.size(); ++t) {
+    const auto first = exp_avgs[t].scalar_type(), second = exp_avg_sqs[t].scalar_type();
+    require(first == second, "exp_avgs[", t, "] is ", name_of(first), ", exp_avg_sqs[", t, "] is ", name_of(second),
+            "; give both the same dtype, or use the reference");
+  }
+}
+
+void lamb_op(List params, List grads, List exp_avgs, List exp_avg_sqs, List steps, const Tensor& lr, double beta1,
+             double beta2, double eps, double weight_decay, bool grad_averaging, bool adapt, Maybe scales,
+             Maybe found_inf, bool dry) {
+  const HostLists lists({{"params", params, true},
+                         {"grads", grads, true},
+                         {"exp_avgs", exp_avgs, true},
+                         {"exp_avg_sqs", exp_avg_sqs, true}});
+  check_moments(exp_avgs, exp_avg_sqs);
+  const auto device = lists.device();
+  const Scales factors(scales, lists.count(), device);
+  const auto counters = step_pointers(steps, lists.count(), device);
+  std::vector<Tensor> kept;
+  const LambCall call{lists.groups(),
+                      lists.count(),
+                      lists.sizes(),
+                      counters.data(),
+                      {beta1, beta2, weight_decay, float(eps), grad_averaging, adapt},
+                      scalar("lr", lr, device),
+                      factors.values,
+                      factors.one_for_all,
+                      flag("found_inf", found_inf, device),
+                      workspace<float>(kept, params.front(), 2 * lists.chunks()),
+                      workspace<double>(kept, params.front(), 2 * lists.count()),
+                      workspace<LambCoefficients>(kept, params.front(), lists.count())};
+  if (!dry) VITRAIL_RUN(lamb, call, lists);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vitrail_C, m) {
@@ -92,13 +150,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vitrail_C, m) {
       "Tensor(d!)[] teachers, Tensor(e!)[] param_copies, Tensor(f!)[] teacher_copies, Tensor(g!)[] steps, Tensor lr, "
       "Tensor ema_momentum, float beta1, float beta2, float eps, float weight_decay, Tensor? scales, "
       "Tensor? found_inf, bool dry) -> ()");
+  m.def(
+      "lars_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, float momentum, "
+      "float weight_decay, float trust_coefficient, float eps, bool adapt, bool lr_in_momentum, bool parts, "
+      "bool clip_ratio, Tensor? scales, Tensor? found_inf, bool dry) -> ()");
+  m.def(
+      "lamb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool grad_averaging, "
+      "bool adapt, Tensor? scales, Tensor? found_inf, bool dry) -> ()");
 }
 
 #define VITRAIL_REGISTER(m)                            \
   m.impl("multi_tensor_ema_", TORCH_BOX(&ema_op));     \
   m.impl("multi_tensor_norm", TORCH_BOX(&norm_op));    \
   m.impl("multi_tensor_scale_", TORCH_BOX(&scale_op)); \
-  m.impl("adamw_ema_", TORCH_BOX(&adamw_op));
+  m.impl("adamw_ema_", TORCH_BOX(&adamw_op));          \
+  m.impl("lars_", TORCH_BOX(&lars_op));                \
+  m.impl("lamb_", TORCH_BOX(&lamb_op));
 
 STABLE_TORCH_LIBRARY_IMPL(vitrail_C, CPU, m) { VITRAIL_REGISTER(m) }
 STABLE_TORCH_LIBRARY_IMPL(vitrail_C, CUDA, m) { VITRAIL_REGISTER(m) }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lists import CHUNK, IMPLS, clones, randoms, same, without_extension
 
-from vitrail.kernels import FusedLARS, UnsupportedError, explain, lars_
+from vitrail.kernels import FusedLARS, UnsupportedError, explain, extension, lars_
 from vitrail.kernels.lars.optimizer import VARIANTS
 from vitrail.kernels.multi_tensor_norm.clip import clip_scales
 from vitrail.kernels.multi_tensor_norm.op import multi_tensor_norm
@@ -475,3 +475,67 @@ def test_explain_knows_the_op():
     assert explain("lars_", params, params, momenta, lr=0.1) == {"cuda": [], "reference": []}
     (reason,) = explain("lars_", params, params, [torch.zeros(3).double()], lr=0.1)["cuda"]
     assert reason == "momentum_buffers[0] must be float32, got float64; convert it first"
+
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and bool(extension.reasons(torch.device("cuda"))),
+        reason="needs the compiled extension",
+    ),
+]
+
+
+def marked(test):
+    """A test for a GPU alone."""
+    for mark in on_gpu:
+        test = mark(test)
+    return test
+
+
+@marked
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("denominator", ["sum", "parts"])
+def test_a_gpu_has_the_bits_of_the_cpu(shift, denominator):
+    """Nothing but sums in a fixed order, products, quotients and roots, all of them rounded to nearest."""
+    mixed = {"dtypes": BOTH, "grad_dtypes": (torch.float32, torch.float32, torch.bfloat16)}
+    here, there = lists(**mixed), lists(**mixed, shift=shift, device="cuda")
+    for _ in range(3):
+        for given in (here, there):
+            lars_(*given, **OPTIONS, denominator=denominator, impl="cuda")
+    for mine, other in zip(here, there, strict=True):
+        assert same(mine, [tensor.cpu() for tensor in other])
+
+
+@marked
+def test_a_captured_step_follows_the_rate_and_the_flag():
+    given, other = lists(device="cuda"), lists(device="cuda")
+    lr, found_inf = torch.tensor(LR, dtype=torch.float64, device="cuda"), torch.zeros((), device="cuda")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=stream):  # fails on any host synchronisation
+        lars_(*given, **{**OPTIONS, "lr": lr}, found_inf=found_inf, impl="cuda")
+    for rate, flag in ((LR, 0.0), (2.0, 1.0), (0.1, 0.0)):
+        lr.fill_(rate)
+        found_inf.fill_(flag)
+        graph.replay()
+        if not flag:
+            lars_(*other, **{**OPTIONS, "lr": rate}, impl="cuda")
+    torch.cuda.synchronize()
+    assert all(same(mine, theirs) for mine, theirs in zip(given, other, strict=True))
+
+
+@marked
+def test_nothing_waits_for_the_device():
+    """With factors of their own for vectors and matrices, which are two calls."""
+    params = [torch.nn.Parameter(p.detach().cuda()) for p in parameters()]
+    optimizer = FusedLARS(params, **OPTIONS, max_grad_norm=1.0, clip_per_tensor=True, skip_nonfinite=True, impl="cuda")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
