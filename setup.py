@@ -8,6 +8,7 @@ everything works without it. VITRAIL_BUILD_EXT=1 makes a failure to build it an 
 from a build unless it is told not to: `pip install --no-build-isolation .`
 """
 
+import hashlib
 import json
 import os
 import re
@@ -137,7 +138,21 @@ def extension() -> tuple[Extension, dict[str, str]]:
         py_limited_api=True,
     )
     told = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(chosen)
-    return built, {"toolkit": f"{version[0]}.{version[1]}", "torch": torch.__version__, "architectures": told}
+    return built, {
+        "toolkit": f"{version[0]}.{version[1]}",
+        "torch": torch.__version__,
+        "architectures": told,
+        "sources": digest(ROOT / "csrc"),
+    }
+
+
+def digest(folder: Path) -> str:
+    """Returns a hash of the sources, as vitrail.kernels.extension computes it to notice a library of other ones."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".cpp", ".cu", ".h", ".cuh"):
+            found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
 
 
 def wanted() -> str:

@@ -5,6 +5,7 @@ registry it is the implementation called `cuda`.
 """
 
 import functools
+import hashlib
 import importlib
 import json
 from importlib.machinery import PathFinder
@@ -16,6 +17,7 @@ import torch
 from .checks import MIN_CAPABILITY, capability
 
 NAME = "vitrail.kernels._C"
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout
 RECORD = Path(__file__).with_name("extension.json")  # written by setup.py
 REMEDY = "VITRAIL_BUILD_EXT=1 pip install --no-build-isolation . builds it, or says what is missing"
 
@@ -26,11 +28,22 @@ def missing() -> str | None:
     if library() is None:
         why = facts().get("missing", "nobody built it")
         return f"the compiled extension is not there: {why}; {REMEDY}"
+    if SOURCES.is_dir() and facts().get("sources") != digest(SOURCES):
+        return f"the compiled extension was built from other sources than those in {SOURCES}; {REMEDY}"
     try:
         importlib.import_module(NAME)
     except ImportError as error:
         return f"the compiled extension does not load: {error}; {REMEDY}"
     return None
+
+
+def digest(folder: Path) -> str:
+    """Returns a hash of the sources in a folder, as setup.py notes it; a library of others may not fit this Python."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".cpp", ".cu", ".h", ".cuh"):
+            found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
 
 
 def library() -> str | None:
@@ -40,7 +53,7 @@ def library() -> str | None:
 
 
 def facts() -> dict[str, str]:
-    """Returns what setup.py wrote down: `toolkit`, `torch` and `architectures`, or why the extension is `missing`."""
+    """Returns what setup.py noted: toolkit, torch, architectures and sources, or why the extension is `missing`."""
     try:
         told: dict[str, str] = json.loads(RECORD.read_text())
     except (OSError, ValueError):

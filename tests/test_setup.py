@@ -162,6 +162,28 @@ def test_host_code_keeps_to_the_stable_abi():
     assert all(name.startswith(("torch/csrc/stable/", "torch/headeronly/")) for name in included), included
 
 
+def test_a_library_of_other_sources_is_not_used(setup, tmp_path, monkeypatch):
+    """After an update of a checkout the old library may not fit the new Python code."""
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "one.h").write_text("int one();")
+    assert setup.digest(sources) == extension.digest(sources)
+    before = setup.digest(sources)
+    (sources / "README.md").write_text("words")
+    assert extension.digest(sources) == before
+    (sources / "one.h").write_text("int two();")
+    assert extension.digest(sources) != before
+    monkeypatch.setattr(extension, "SOURCES", sources)
+    monkeypatch.setattr(extension, "library", lambda: "there")
+    monkeypatch.setattr(extension, "facts", lambda: {"sources": before})
+    extension.missing.cache_clear()
+    try:
+        assert "was built from other sources than those in" in extension.missing()
+    finally:
+        monkeypatch.undo()
+        extension.missing.cache_clear()
+
+
 def test_a_missing_extension_is_explained(monkeypatch, tmp_path):
     """What users read who have no compiler: what is missing, and what to do."""
     record = tmp_path / "extension.json"
