@@ -55,6 +55,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": installed("triton"),
+        "extension": _extension(),
         "peers": {name: found for name in PEERS if (found := installed(name)) is not None},
         "commit": commit(),
         "code": digest((path.relative_to(ROOT).as_posix(), path.read_bytes()) for path in _sources()),
@@ -116,6 +117,13 @@ def _sources() -> list[Path]:
     """The source files of the working tree, as git would list them: neither caches nor results."""
     paths = (path for folder in CODE for path in (ROOT / folder).rglob("*") if path.is_file())
     return [path for path in paths if is_source(path.relative_to(ROOT).as_posix())]
+
+
+def _extension() -> str:
+    """The toolkit that the compiled extension was built with, or that there is none."""
+    from vitrail.kernels import extension
+
+    return "none" if extension.missing() else f"CUDA {extension.facts().get('toolkit', 'unknown')}"
 
 
 def _processor() -> str:
