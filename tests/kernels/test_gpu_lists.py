@@ -6,6 +6,8 @@ from lists import SIZES, clones, randoms, same
 
 from vitrail.kernels import (
     FusedAdamWEMA,
+    FusedLAMB,
+    FusedLARS,
     adamw_ema_,
     explain,
     extension,
@@ -122,18 +124,68 @@ def test_a_captured_step_follows_scalars_and_flag():
     assert all(count == 2 for count in lists[7])
 
 
-def test_nothing_waits_for_the_device():
-    params = [torch.nn.Parameter(tensor) for tensor in randoms(seed=1, device=CUDA)]
-    teacher = {param: param.detach().clone() for param in params}
-    optimizer = FusedAdamWEMA(params, **OPTIONS, teacher=teacher, max_grad_norm=1.0, skip_nonfinite=True, impl="cuda")
-    for param in params:
-        param.grad = torch.ones_like(param)
+OPTIMIZERS = {
+    "AdamW": lambda params: FusedAdamWEMA(
+        params,
+        **OPTIONS,
+        teacher={param: param.detach().clone() for param in params},
+        max_grad_norm=1.0,
+        skip_nonfinite=True,
+        impl="cuda",
+    ),
+    "LARS": lambda params: FusedLARS(params, lr=0.3, weight_decay=1e-4, max_grad_norm=1.0, impl="cuda"),
+    "LARS, parts": lambda params: FusedLARS(params, lr=0.3, weight_decay=1e-4, variant="lightly", impl="cuda"),
+    "LAMB": lambda params: FusedLAMB(params, lr=3e-3, impl="cuda"),
+    "LAMB, bf16 moments": lambda params: FusedLAMB(params, lr=3e-3, state_dtype=torch.bfloat16, impl="cuda"),
+}
+SHAPES = ((5,), (33, 65), (20_000,), (3, 16_384), (0, 2))
+
+
+def optimizing(name, device):
+    """Parameters with gradients, and their optimiser."""
+    params = [torch.nn.Parameter(tensor) for tensor in randoms(SHAPES, seed=1, device=device)]
+    for param, grad in zip(params, randoms(SHAPES, seed=2, device=device), strict=True):
+        param.grad = grad
+    return params, OPTIMIZERS[name](params)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_waits_for_the_device(name):
+    _, optimizer = optimizing(name, CUDA)
     optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimisers_step_as_on_the_cpu(name):
+    """Norms have the same bits; ratios and powers come from double-precision functions that may differ in the last."""
+    here, there = (optimizing(name, device) for device in ("cpu", CUDA))
+    for _ in range(3):
+        here[1].step()
+        there[1].step()
+    for a, b in zip(here[0], there[0], strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-6 if "bf16" not in name else 2**-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_captured_optimiser_steps_as_an_eager_one(name):
+    captured, eager = optimizing(name, CUDA), optimizing(name, CUDA)
+    for _, optimizer in (captured, eager):
+        optimizer.step()  # makes the states
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=stream):  # fails on any host synchronisation
+        captured[1].step()
+    for _ in range(2):
+        graph.replay()
+        eager[1].step()
+    torch.cuda.synchronize()
+    assert same(captured[0], eager[0])
 
 
 def test_auto_takes_the_extension():
