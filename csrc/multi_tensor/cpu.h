@@ -21,7 +21,7 @@ class Cpu {
       elements += lists.sizes[t];
     }
     if (chunks == 0) return;
-    // Waking other threads takes as long as some tens of thousands of elements.
+    // Waking other threads takes as long as some hundred thousand elements.
     const int64_t grain = 1 + (chunks * kChunk) / (elements + 1);
     torch::stable::parallel_for(0, chunks, elements < kSerial ? chunks : grain, [&](int64_t begin, int64_t end) {
       int64_t tensor = 0, first = 0;  // the tensor that holds chunk `begin`, and its first chunk
@@ -61,7 +61,7 @@ class Cpu {
   }
 
  private:
-  static constexpr int64_t kSerial = 1 << 15;
+  static constexpr int64_t kSerial = 1 << 18;
 
   // Adds one value of every thread in the order in which a block of the GPU does: halves of a warp onto each other, then
   // halves of the row of warps.
