@@ -39,6 +39,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    # Attributes that copies and pickles keep; torch's own keep the states and the groups alone.
+    _kept: tuple[str, ...] = ("max_grad_norm", "clip_per_tensor", "skip_nonfinite", "impl", "norms")
 
     def __init__(
         self,
@@ -130,6 +132,25 @@ class FusedOptimizer(torch.optim.Optimizer):
                 clip = clip_scales(norms, self.max_grad_norm, per_tensor=self.clip_per_tensor)
                 scales = clip if scales is None else clip * scales
         return scales, None if found_inf is None else found_inf.float()
+
+    @staticmethod
+    def scales_of(scales: Tensor | None, indices: list[int]) -> Tensor | None:
+        """Returns the multipliers of some of the parameters, without an index that would travel to the device."""
+        if scales is None or scales.ndim == 0:
+            return scales
+        each = scales.unbind()
+        return torch.stack([each[index] for index in indices])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy or a pickle keeps."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over a state; options that its groups do not know get their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class, or of the torch.optim class with the same keys.

@@ -67,7 +67,7 @@ struct AdamWPrepare {
 struct AdamWRule {
   float gain1, beta2, gain2, eps;  // gain: 1 - beta
 
-  explicit AdamWRule(const AdamWConstants& constants)
+  VITRAIL_HD explicit AdamWRule(const AdamWConstants& constants)
       : gain1(float(1.0 - constants.beta1)),
         beta2(float(constants.beta2)),
         gain2(float(1.0 - constants.beta2)),

@@ -108,7 +108,8 @@ class Cpu {
         for (int j = 0; j < width; ++j) {
           float sums[Op::kSums];
           for (int s = 0; s < Op::kSums; ++s) sums[s] = lanes[s][j];
-          element(op, coefficients, sums, row + j, typename Traits<Op>::Indices{}, streams...);
+          // Indexed by j alone: of `row + j`, which may wrap, GCC makes gathers.
+          element(op, coefficients, sums, j, typename Traits<Op>::Indices{}, (streams + row)...);
           for (int s = 0; s < Op::kSums; ++s) lanes[s][j] = sums[s];
         }
       }

@@ -41,6 +41,8 @@ class FusedAdamWEMA(FusedOptimizer):
         ValueError: An option is out of range, or a teacher or copy has another shape than its parameter.
     """
 
+    _kept = (*FusedOptimizer._kept, "_teacher", "_param_copies", "_teacher_copies")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -122,7 +124,7 @@ class FusedAdamWEMA(FusedOptimizer):
                 ema_momentum=group["ema_momentum"],
                 param_copies=param_copies,
                 teacher_copies=teacher_copies,
-                scales=scales if scales is None or len(kinds) == 1 or scales.ndim == 0 else scales[indices],
+                scales=self.scales_of(scales, indices) if len(kinds) > 1 else scales,
                 found_inf=found_inf,
                 impl=self.impl,
             )

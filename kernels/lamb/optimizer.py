@@ -44,6 +44,8 @@ class FusedLAMB(FusedOptimizer):
         ValueError: An option is out of range.
     """
 
+    _kept = (*FusedOptimizer._kept, "state_dtype")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -87,13 +89,6 @@ class FusedLAMB(FusedOptimizer):
             skip_nonfinite=skip_nonfinite,
             impl=impl,
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Gives options that Adam does not know their defaults."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
 
     def _update(self, group: ParamGroup, params: list[Tensor], scales: Tensor | None, found_inf: Tensor | None) -> None:
         for param in params:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..multi_tensor import Scalar
@@ -127,13 +126,6 @@ class FusedLARS(FusedOptimizer):
         check_denominator(param_group.get("denominator", self.defaults["denominator"]))
         super().add_param_group(param_group)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Gives options that another LARS does not know their defaults."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
     def _update(self, group: ParamGroup, params: list[Tensor], scales: Tensor | None, found_inf: Tensor | None) -> None:
         for param in params:
             # SGD and lightly know states without a momentum
@@ -144,10 +136,6 @@ class FusedLARS(FusedOptimizer):
             indices = [index for index, value in enumerate(spared) if value == excluded]
             if not indices:
                 continue
-            own = scales
-            if scales is not None and scales.ndim > 0 and len(indices) < len(params):
-                each = scales.unbind()  # a list as index would travel to the device
-                own = torch.stack([each[index] for index in indices])
             decay = 0.0 if excluded else group["weight_decay"]
             lars_(
                 [params[index] for index in indices],
@@ -162,7 +150,7 @@ class FusedLARS(FusedOptimizer):
                 lr_in_momentum=group["lr_in_momentum"],
                 denominator=group["denominator"],
                 clip_ratio=group["clip_ratio"],
-                scales=own,
+                scales=self.scales_of(scales, indices) if len(indices) < len(params) else scales,
                 found_inf=found_inf,
                 impl=self.impl,
             )
