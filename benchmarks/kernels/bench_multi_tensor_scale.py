@@ -56,6 +56,7 @@ def case(name: str, encoder: ViTConfig) -> Case:
         implementations={"vitrail": lambda: ours, "torch foreach": lambda: foreach, "torch loop": lambda: loop},
         bytes={"clip": count * 4},  # once clipped, the gradients are within the limit and only read
         flops={},
+        tolerance=1e-3,  # PyTorch adds the squares of millions of elements in float32
     )
 
 

@@ -350,3 +350,22 @@ def test_wrong_options_say_what_is_wrong(name, options, message):
 def test_complex_parameters_are_refused(name):
     with pytest.raises(TypeError, match="real floating dtype"):
         CLASSES[name]([torch.zeros(2, dtype=torch.complex64)], lr=0.1)
+
+
+@every_form
+def test_a_copy_goes_on_as_the_original(form):
+    """torch's own copies forget everything but states and groups."""
+    name, options = FORMS[form]
+    params = parameters(((3,), (7, 5)))
+    optimizer, averages = build(name, params, max_grad_norm=0.5, clip_per_tensor=True, skip_nonfinite=True, **options)
+    give_gradients(0, params)
+    optimizer.step()
+    others, other, other_averages = copy.deepcopy((params, optimizer, averages))
+    for step in (1, 2):
+        give_gradients(step, params, others)
+        optimizer.step()
+        other.step()
+    assert same(params, others)
+    assert same(states(optimizer), states(other))
+    assert same(averages, other_averages)
+    assert not averages or not same(averages, params)
