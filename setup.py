@@ -137,7 +137,7 @@ def extension() -> tuple[Extension, dict[str, str]]:
         },
         py_limited_api=True,
     )
-    told = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(chosen)
+    told = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(flag.rsplit("code=", 1)[1] for flag in chosen)
     return built, {
         "toolkit": f"{version[0]}.{version[1]}",
         "torch": torch.__version__,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import extension
 from .registry import Implementation, UnsupportedError
@@ -87,6 +88,12 @@ def implementation(op: str, module: str, supports: str = SUPPORTS) -> Implementa
     """
 
     def quick(first: Tensors, *_: Any) -> list[str]:
+        wrapped: bool = is_traceable_wrapper_subclass(first[0])  # a list is of one class
+        if wrapped:
+            kind = type(first[0]).__name__
+            return [
+                f"the tensors are of class {kind}, whose memory is not theirs; pass what they hold, e.g. .to_local()"
+            ]
         return extension.reasons(first[0].device)
 
     def reasons(first: Tensors, *rest: Any) -> list[str]:

@@ -140,6 +140,19 @@ def test_what_the_extension_refuses_the_reference_does(build, reason):
     assert torch.equal(teacher, torch.full_like(teacher, 0.5))
 
 
+def test_wrappers_around_tensors_go_to_the_reference():
+    """A distributed tensor, for example, has no memory of its own to point at."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    teacher, student = (TwoTensor(torch.full((3,), value), torch.full((3,), value)) for value in (0.0, 1.0))
+    (told,) = explain("multi_tensor_ema_", [teacher], [student], 0.5)["cuda"]
+    assert told.startswith("the tensors are of class TwoTensor")
+    with pytest.raises(UnsupportedError, match="class TwoTensor"):
+        multi_tensor_ema_([teacher], [student], 0.5, impl="cuda")
+    multi_tensor_ema_([teacher], [student], 0.5)
+    assert teacher.a.tolist() == teacher.b.tolist() == [0.5] * 3
+
+
 @pytest.mark.parametrize(
     ("teacher", "student", "message"),
     [

@@ -41,7 +41,7 @@ def test_a_batch_that_does_not_divide_is_one_line_and_status_2(tmp_path):
 
 def test_an_optimiser_that_cannot_run_is_one_line_and_status_2(tmp_path):
     line = refused(*training.SHORT_DEMO, "--optim.name", "lars", "--train.output", str(tmp_path / "run"))
-    assert line.startswith("error: optim.name lars of vitrail cannot run with train.zero_stage 1: its trust ratios")
+    assert line.startswith("error: optim.name lars of vitrail cannot run with train.zero_stage 1: LARS's trust ratios")
     assert line.endswith("pass --train.zero-stage 0")
     assert not (tmp_path / "run").exists()
 
