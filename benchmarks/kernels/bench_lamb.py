@@ -1,40 +1,16 @@
 """LAMB with clipping by the global norm, against loops over tensors and apex."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from bench import Case, Sizes, measures
+from bench.parameters import Tensors, count, random_lists, stepping
 
-from vitrail.engine.methods.mae import MAE, MAEConfig
 from vitrail.engine.models.vit import ViTConfig, vit_base, vit_huge, vit_tiny
 from vitrail.kernels import FusedLAMB
 
-Tensors = list[torch.Tensor]
 LR, BETAS, EPS, DECAY, LIMIT = 1e-3, (0.9, 0.999), 1e-6, 0.01, 1.0  # apex's defaults
-
-
-def inputs(encoder: ViTConfig, device: torch.device) -> dict[str, Tensors]:
-    with torch.device("meta"):
-        shapes = [p.shape for p in MAE(MAEConfig(encoder=encoder)).parameters() if p.requires_grad]
-    params = [torch.randn(shape, device=device) for shape in shapes]
-    return {"params": params, "grads": [torch.randn_like(param) for param in params]}
-
-
-def stepping(build: Callable[[Tensors], Callable[[], Any]]) -> Callable[..., Any]:
-    """A function that steps parameters, with an optimiser that stays with the list it was first given."""
-    made: list[Any] = []
-
-    def step(params: Tensors, grads: Tensors) -> Tensors:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        if not made or made[0] is not params:
-            made[:] = [params, build(params)]
-        made[1]()
-        return params
-
-    return step
 
 
 def loop() -> Callable[..., Any]:
@@ -117,17 +93,17 @@ def apexs() -> Callable[..., Any]:
 
 
 def case(name: str, encoder: ViTConfig) -> Case:
-    count = sum(param.numel() for param in inputs(encoder, torch.device("meta"))["params"])
+    total = count(encoder)
     return Case(
         op="lamb",
         name=name,
-        shape={"parameters": count},
+        shape={"parameters": total},
         dtype=torch.float32,
-        inputs=partial(inputs, encoder),
+        inputs=lambda device: random_lists(encoder, "params", "grads", device=device),
         truth=loop(),
         implementations={"vitrail": ours, "torch foreach": foreach, "torch loop": loop, "apex": apexs},
         # The gradient for the norm; all four in, the moments out; parameter and moments in, the parameter out.
-        bytes={"step": count * 44},
+        bytes={"step": total * 44},
         flops={},
     )
 

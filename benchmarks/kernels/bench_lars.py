@@ -1,40 +1,16 @@
 """LARS as MoCo v3 takes it, over the weights of a masked autoencoder, against loops over tensors and lightly."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from bench import Case, Sizes, measures
+from bench.parameters import Tensors, count, random_lists, stepping, trained_shapes
 
-from vitrail.engine.methods.mae import MAE, MAEConfig
 from vitrail.engine.models.vit import ViTConfig, vit_base, vit_huge, vit_tiny
 from vitrail.kernels import FusedLARS
 
-Tensors = list[torch.Tensor]
 LR, MOMENTUM, DECAY, TRUST = 4.8, 0.9, 1e-6, 0.001  # of MoCo v3, ResNet-50, 300 epochs
-
-
-def inputs(encoder: ViTConfig, device: torch.device) -> dict[str, Tensors]:
-    with torch.device("meta"):
-        shapes = [p.shape for p in MAE(MAEConfig(encoder=encoder)).parameters() if p.requires_grad]
-    params = [torch.randn(shape, device=device) for shape in shapes]
-    return {"params": params, "grads": [torch.randn_like(param) for param in params]}
-
-
-def stepping(build: Callable[[Tensors], Callable[[], Any]]) -> Callable[..., Any]:
-    """A function that steps parameters, with an optimiser that stays with the list it was first given."""
-    made: list[Any] = []
-
-    def step(params: Tensors, grads: Tensors) -> Tensors:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        if not made or made[0] is not params:
-            made[:] = [params, build(params)]
-        made[1]()
-        return params
-
-    return step
 
 
 def loop() -> Callable[..., Any]:
@@ -108,14 +84,13 @@ def lightlys() -> Callable[..., Any]:
 
 
 def case(name: str, encoder: ViTConfig) -> Case:
-    shapes = inputs(encoder, torch.device("meta"))["params"]
-    count = sum(param.numel() for param in shapes)
+    total = count(encoder)
     return Case(
         op="lars",
         name=name,
-        shape={"parameters": count},
+        shape={"parameters": total},
         dtype=torch.float32,
-        inputs=partial(inputs, encoder),
+        inputs=lambda device: random_lists(encoder, "params", "grads", device=device),
         truth=loop(),
         implementations={
             "vitrail": ours,
@@ -124,7 +99,7 @@ def case(name: str, encoder: ViTConfig) -> Case:
             "lightly": lightlys,
         },
         # Parameter and momentum in and out, the gradient in; before, for norms, parameters and gradients of matrices.
-        bytes={"step": count * 20 + 8 * sum(param.numel() for param in shapes if param.ndim > 1)},
+        bytes={"step": total * 20 + 8 * sum(shape.numel() for shape in trained_shapes(encoder) if len(shape) > 1)},
         flops={},
     )
 

@@ -1,19 +1,11 @@
 """Norms of gradients, each and all, against what PyTorch computes for them."""
 
-from functools import partial
-
 import torch
 from bench import Case, Sizes, measures
+from bench.parameters import count, random_lists
 
-from vitrail.engine.methods.mae import MAE, MAEConfig
 from vitrail.engine.models.vit import ViTConfig, vit_base, vit_huge, vit_tiny
 from vitrail.kernels import multi_tensor_norm
-
-
-def inputs(encoder: ViTConfig, device: torch.device) -> dict[str, list[torch.Tensor]]:
-    with torch.device("meta"):
-        shapes = [p.shape for p in MAE(MAEConfig(encoder=encoder)).parameters() if p.requires_grad]
-    return {"grads": [torch.randn(shape, device=device) for shape in shapes]}
 
 
 def ours(grads: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -31,16 +23,16 @@ def loop(grads: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def case(name: str, encoder: ViTConfig) -> Case:
-    count = sum(grad.numel() for grad in inputs(encoder, torch.device("meta"))["grads"])
+    total = count(encoder)
     return Case(
         op="multi_tensor_norm",
         name=name,
-        shape={"parameters": count},
+        shape={"parameters": total},
         dtype=torch.float32,
-        inputs=partial(inputs, encoder),
+        inputs=lambda device: random_lists(encoder, "grads", device=device),
         truth=loop,
         implementations={"vitrail": lambda: ours, "torch foreach": lambda: foreach, "torch loop": lambda: loop},
-        bytes={"forward": count * 4},
+        bytes={"forward": total * 4},
         flops={},
         tolerance=1e-3,  # PyTorch adds the squares of millions of elements in float32
     )

@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 from bench import Case, Sizes, measures
+from bench.parameters import count, trained_shapes
 
-from vitrail.engine.methods.mae import MAE, MAEConfig
 from vitrail.engine.models.vit import ViTConfig, vit_base, vit_huge, vit_tiny
 from vitrail.kernels import multi_tensor_clip_
 
@@ -13,8 +13,7 @@ LIMIT = 3.0
 
 
 def inputs(encoder: ViTConfig, device: torch.device) -> dict[str, list[torch.Tensor]]:
-    with torch.device("meta"):
-        shapes = [p.shape for p in MAE(MAEConfig(encoder=encoder)).parameters() if p.requires_grad]
+    shapes = trained_shapes(encoder)
     # Half of the tensors are over the limit at first, and just at it in every repetition.
     scales = (4 * LIMIT if index % 2 else LIMIT / 2 for index in range(len(shapes)))
     return {
@@ -45,16 +44,16 @@ def loop(grads: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def case(name: str, encoder: ViTConfig) -> Case:
-    count = sum(grad.numel() for grad in inputs(encoder, torch.device("meta"))["grads"])
+    total = count(encoder)
     return Case(
         op="multi_tensor_scale",
         name=name,
-        shape={"parameters": count},
+        shape={"parameters": total},
         dtype=torch.float32,
         inputs=partial(inputs, encoder),
         truth=loop,
         implementations={"vitrail": lambda: ours, "torch foreach": lambda: foreach, "torch loop": lambda: loop},
-        bytes={"clip": count * 4},  # once clipped, the gradients are within the limit and only read
+        bytes={"clip": total * 4},  # once clipped, the gradients are within the limit and only read
         flops={},
         tolerance=1e-3,  # PyTorch adds the squares of millions of elements in float32
     )
