@@ -124,29 +124,26 @@ def test_a_captured_step_follows_scalars_and_flag():
     assert all(count == 2 for count in lists[7])
 
 
+GUARDED = {"max_grad_norm": 1.0, "skip_nonfinite": True, "impl": "cuda"}
 OPTIMIZERS = {
-    "AdamW": lambda params: FusedAdamWEMA(
-        params,
-        **OPTIONS,
-        teacher={param: param.detach().clone() for param in params},
-        max_grad_norm=1.0,
-        skip_nonfinite=True,
-        impl="cuda",
+    "AdamW": lambda params, lr: FusedAdamWEMA(
+        params, **{**OPTIONS, "lr": lr}, teacher={param: param.detach().clone() for param in params}, **GUARDED
     ),
-    "LARS": lambda params: FusedLARS(params, lr=0.3, weight_decay=1e-4, max_grad_norm=1.0, impl="cuda"),
-    "LARS, parts": lambda params: FusedLARS(params, lr=0.3, weight_decay=1e-4, variant="lightly", impl="cuda"),
-    "LAMB": lambda params: FusedLAMB(params, lr=3e-3, impl="cuda"),
-    "LAMB, bf16 moments": lambda params: FusedLAMB(params, lr=3e-3, state_dtype=torch.bfloat16, impl="cuda"),
+    # With factors of their own for vectors and matrices, which are two calls.
+    "LARS": lambda params, lr: FusedLARS(params, lr, weight_decay=1e-4, clip_per_tensor=True, **GUARDED),
+    "LARS, parts": lambda params, lr: FusedLARS(params, lr, weight_decay=1e-4, variant="lightly", **GUARDED),
+    "LAMB": lambda params, lr: FusedLAMB(params, lr, **GUARDED),
+    "LAMB, bf16 moments": lambda params, lr: FusedLAMB(params, lr, state_dtype=torch.bfloat16, **GUARDED),
 }
 SHAPES = ((5,), (33, 65), (20_000,), (3, 16_384), (0, 2))
 
 
-def optimizing(name, device):
+def optimizing(name, device, lr=3e-3):
     """Parameters with gradients, and their optimiser."""
     params = [torch.nn.Parameter(tensor) for tensor in randoms(SHAPES, seed=1, device=device)]
     for param, grad in zip(params, randoms(SHAPES, seed=2, device=device), strict=True):
         param.grad = grad
-    return params, OPTIMIZERS[name](params)
+    return params, OPTIMIZERS[name](params, lr)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -172,8 +169,10 @@ def test_optimisers_step_as_on_the_cpu(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_captured_optimiser_steps_as_an_eager_one(name):
-    captured, eager = optimizing(name, CUDA), optimizing(name, CUDA)
+def test_a_captured_optimiser_follows_the_rate_and_the_flag(name):
+    lr, found_inf = torch.tensor(3e-3, dtype=torch.float64, device=CUDA), torch.zeros((), device=CUDA)
+    captured, eager = optimizing(name, CUDA, lr), optimizing(name, CUDA)
+    captured[1].found_inf = found_inf
     for _, optimizer in (captured, eager):
         optimizer.step()  # makes the states
     graph = torch.cuda.CUDAGraph()
@@ -181,9 +180,13 @@ def test_a_captured_optimiser_steps_as_an_eager_one(name):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.graph(graph, stream=stream):  # fails on any host synchronisation
         captured[1].step()
-    for _ in range(2):
+    for rate, flag in ((3e-3, 0.0), (0.1, 1.0), (1e-3, 0.0)):
+        lr.fill_(rate)
+        found_inf.fill_(flag)
         graph.replay()
-        eager[1].step()
+        if not flag:
+            eager[1].param_groups[0]["lr"] = rate
+            eager[1].step()
     torch.cuda.synchronize()
     assert same(captured[0], eager[0])
 

@@ -276,35 +276,3 @@ def test_a_gpu_computes_as_the_cpu(shift, form):
         torch.testing.assert_close(mine, other.cpu(), rtol=1e-6, atol=1e-6)
     for index in (2, 3, 4):
         assert same(here[index], [tensor.cpu() for tensor in there[index]])
-
-
-@on_gpu
-def test_a_captured_step_follows_the_rate_and_the_flag():
-    given, other = lists(device="cuda"), lists(device="cuda")
-    lr, found_inf = torch.tensor(LR, dtype=torch.float64, device="cuda"), torch.zeros((), device="cuda")
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.graph(graph, stream=stream):  # fails on any host synchronisation
-        lamb_(*given, **{**OPTIONS, "lr": lr}, found_inf=found_inf, impl="cuda")
-    for rate, flag in ((LR, 0.0), (2.0, 1.0), (0.1, 0.0)):
-        lr.fill_(rate)
-        found_inf.fill_(flag)
-        graph.replay()
-        if not flag:
-            lamb_(*other, **{**OPTIONS, "lr": rate}, impl="cuda")
-    torch.cuda.synchronize()
-    assert all(same(mine, theirs) for mine, theirs in zip(given, other, strict=True))
-
-
-@on_gpu
-def test_nothing_waits_for_the_device():
-    params = [torch.nn.Parameter(p.detach().cuda()) for p in parameters()]
-    optimizer = FusedLAMB(params, **OPTIONS, skip_nonfinite=True, impl="cuda")
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -266,36 +266,3 @@ def test_a_gpu_has_the_bits_of_the_cpu(shift, denominator):
             lars_(*given, **OPTIONS, denominator=denominator, impl="cuda")
     for mine, other in zip(here, there, strict=True):
         assert same(mine, [tensor.cpu() for tensor in other])
-
-
-@on_gpu
-def test_a_captured_step_follows_the_rate_and_the_flag():
-    given, other = lists(device="cuda"), lists(device="cuda")
-    lr, found_inf = torch.tensor(LR, dtype=torch.float64, device="cuda"), torch.zeros((), device="cuda")
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.graph(graph, stream=stream):  # fails on any host synchronisation
-        lars_(*given, **{**OPTIONS, "lr": lr}, found_inf=found_inf, impl="cuda")
-    for rate, flag in ((LR, 0.0), (2.0, 1.0), (0.1, 0.0)):
-        lr.fill_(rate)
-        found_inf.fill_(flag)
-        graph.replay()
-        if not flag:
-            lars_(*other, **{**OPTIONS, "lr": rate}, impl="cuda")
-    torch.cuda.synchronize()
-    assert all(same(mine, theirs) for mine, theirs in zip(given, other, strict=True))
-
-
-@on_gpu
-def test_nothing_waits_for_the_device():
-    """With factors of their own for vectors and matrices, which are two calls."""
-    params = [torch.nn.Parameter(p.detach().cuda()) for p in parameters()]
-    optimizer = FusedLARS(params, **OPTIONS, max_grad_norm=1.0, clip_per_tensor=True, skip_nonfinite=True, impl="cuda")
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
