@@ -5,24 +5,25 @@ from typing import Any, TypeAlias
 
 import torch
 
-from vitrail.engine.methods.mae import MAE, MAEConfig
+from vitrail.engine.methods.mae import MAEConfig
 from vitrail.engine.models.vit import ViTConfig
 
 Tensors: TypeAlias = list[torch.Tensor]
 
 
-def trained_shapes(encoder: ViTConfig) -> list[torch.Size]:
-    """The shapes of what is trained of a masked autoencoder."""
+def trained_shapes(encoder: ViTConfig | None) -> list[torch.Size]:
+    """The shapes of what is trained of a masked autoencoder; None is the small one of the demo, for dry runs."""
+    config = MAEConfig().demo() if encoder is None else MAEConfig(encoder=encoder)
     with torch.device("meta"):
-        return [param.shape for param in MAE(MAEConfig(encoder=encoder)).parameters() if param.requires_grad]
+        return [param.shape for param in config.build().parameters() if param.requires_grad]
 
 
-def count(encoder: ViTConfig) -> int:
+def count(encoder: ViTConfig | None) -> int:
     """The number of trained parameters of a masked autoencoder."""
     return sum(shape.numel() for shape in trained_shapes(encoder))
 
 
-def random_lists(encoder: ViTConfig, *names: str, device: torch.device) -> dict[str, Tensors]:
+def random_lists(encoder: ViTConfig | None, *names: str, device: torch.device) -> dict[str, Tensors]:
     """Lists of normal numbers by name, each like the trained parameters of a masked autoencoder."""
     shapes = trained_shapes(encoder)
     return {name: [torch.randn(shape, device=device) for shape in shapes] for name in names}
