@@ -227,6 +227,7 @@ def test_a_captured_graph_replays_the_same_result(call):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_nothing_waits_for_the_device(call):
+    """Fails by what PyTorch raises at the first synchronisation."""
     case = on_gpu(call)
     leaves = {name: case.inputs[name].detach().requires_grad_() for name in case.differentiable}
     FUNCTIONS[call](**{**case.inputs, **leaves})  # compiles

@@ -148,6 +148,7 @@ def optimizing(name, device, lr=3e-3):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nothing_waits_for_the_device(name):
+    """Fails by what PyTorch raises at the first synchronisation."""
     _, optimizer = optimizing(name, CUDA)
     optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
