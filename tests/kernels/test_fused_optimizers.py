@@ -369,3 +369,19 @@ def test_a_copy_goes_on_as_the_original(form):
     assert same(states(optimizer), states(other))
     assert same(averages, other_averages)
     assert not averages or not same(averages, params)
+
+
+@every_optimizer
+def test_an_update_compiles_as_one_graph(name):
+    def lists():
+        params = randoms((5, (3, 4)), seed=1)
+        return params, randoms((5, (3, 4)), seed=2), *new_states(name, params)
+
+    def update(*given):
+        OPS[name](*given, **OPTIONS[name])
+
+    compiled, eager = lists(), lists()
+    torch.compile(update, fullgraph=True)(*compiled)
+    update(*eager)
+    assert all(same(mine, other) for mine, other in zip(compiled, eager, strict=True))
+    assert not same(compiled[0], lists()[0])

@@ -146,3 +146,11 @@ def test_norms_compile_as_one_graph():
     expected = multi_tensor_norm(tensors)
     compiled = torch.compile(multi_tensor_norm, fullgraph=True)(tensors)
     assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
+
+
+def test_clipping_compiles_as_one_graph():
+    compiled, eager = randoms((5, 33), seed=1), randoms((5, 33), seed=1)
+    torch.compile(lambda grads: multi_tensor_clip_(grads, 1.0, per_tensor=True), fullgraph=True)(compiled)
+    multi_tensor_clip_(eager, 1.0, per_tensor=True)
+    assert same(compiled, eager)
+    assert not same(compiled, randoms((5, 33), seed=1))
