@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrail.kernels.modules import PatchProjection
+
 from ..data.views import View
 
 
@@ -59,6 +61,22 @@ class MomentumPair:
     """Names of the student's parameters that the teacher lacks, such as iBOT's mask token."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoRun:
+    """Length and optimiser of a method's demo; the published ones hold for millions of images."""
+
+    epochs: float = 12
+    """Passes over the 12,000 images."""
+    batch_size: int = 128
+    """Images per step, over all ranks."""
+    lr: float = 4e-3
+    """Peak learning rate of AdamW."""
+    warmup_epochs: float = 1
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.05
+    """Of AdamW."""
+
+
 @dataclass(kw_only=True)
 class MethodConfig(ABC):
     """Published defaults of a method; each method derives its own."""
@@ -71,6 +89,10 @@ class MethodConfig(ABC):
     def demo(self) -> MethodConfig:
         """The same method small enough for 32-pixel images and two CPU cores."""
 
+    def demo_run(self) -> DemoRun:
+        """How long and how fast the demo trains."""
+        return DemoRun()
+
 
 class Method(nn.Module, ABC):
     """A self-supervised method: one module that turns a batch into a loss.
@@ -78,6 +100,9 @@ class Method(nn.Module, ABC):
     It holds everything that is trained or updated (student, teacher, heads, queues) and knows nothing of DeepSpeed,
     DALI, loggers or the trainer.
     """
+
+    compares_images = False
+    """Whether the loss compares the images of a micro-batch with each other: accumulation then changes what it is."""
 
     @abstractmethod
     def views(self) -> list[View]:
@@ -108,6 +133,31 @@ class Method(nn.Module, ABC):
                 has not changed yet: that is the update after the step before, with the momentum of the coming one.
         """
         raise NotImplementedError(f"{type(self).__name__} has momentum_pairs and must define ema_momentum")
+
+    def unscheduled(self) -> list[nn.Module]:
+        """Networks whose learning rate stays at its peak, such as SimSiam's predictor; none unless a method says so."""
+        return []
+
+    def first_layer(self) -> list[nn.Parameter]:
+        """Trained parameters of the layer next to the pixels, where instability shows first (arXiv 2104.02057, 4.1).
+
+        The default is the first trained convolution or linear layer: the patch projection, or the first block's qkv
+        where the projection is frozen.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, PatchProjection)):
+                trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
+                if trained:
+                    return trained
+        return []
+
+    def chance_loss(self, images: int) -> float | None:
+        """Loss of a network to which all images look alike, None where no such number tells of a collapse.
+
+        Args:
+            images: images that a loss compares: a micro-batch of all ranks, or the global batch.
+        """
+        return None
 
     def after_step(self, applied: bool) -> None:
         """Update state outside the optimiser (queue, centre), only if the step was applied.
