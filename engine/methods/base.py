@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrail.kernels.modules import PatchProjection
-
 from ..data.views import View
 
 
@@ -145,7 +143,7 @@ class Method(nn.Module, ABC):
         where the projection is frozen.
         """
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, PatchProjection)):
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
                 trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
                 if trained:
                     return trained
