@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def sincos_positions(width: int, grid: tuple[int, int], *, prefix: int = 1, temperature: float = 10000.0) -> Tensor:
-    """The two-dimensional table that MAE uses for its encoder and decoder.
+def sincos_positions(
+    width: int, grid: tuple[int, int], *, prefix: int = 1, temperature: float = 10000.0, rows_first: bool = False
+) -> Tensor:
+    """The two-dimensional table that MAE uses for its encoder and decoder, and MoCo v3 with its halves exchanged.
 
     A patch at (row r, column c) gets `[sin(c w) | cos(c w) | sin(r w) | cos(r w)]` with `width / 4` frequencies
     `w_k = temperature ** (-4 k / width)`: the first half encodes the column. Angles are computed in float64 and the
@@ -18,6 +20,7 @@ def sincos_positions(width: int, grid: tuple[int, int], *, prefix: int = 1, temp
         grid: patches per column and per row, `(rows, columns)`.
         prefix: zero rows in front, one for a class token.
         temperature: base of the geometric frequency series.
+        rows_first: whether the first half encodes the row, as MoCo v3's does.
 
     Returns:
         float32 `[1, prefix + rows * columns, width]`, patches row-major.
@@ -31,5 +34,6 @@ def sincos_positions(width: int, grid: tuple[int, int], *, prefix: int = 1, temp
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid)
     per_row = torch.cat([rows.sin(), rows.cos()], dim=1)[:, None].expand(-1, grid[1], -1)
     per_column = torch.cat([columns.sin(), columns.cos()], dim=1)[None].expand(grid[0], -1, -1)
-    table = torch.cat([per_column, per_row], dim=2).reshape(1, grid[0] * grid[1], width)
+    halves = [per_row, per_column] if rows_first else [per_column, per_row]
+    table = torch.cat(halves, dim=2).reshape(1, grid[0] * grid[1], width)
     return torch.cat([table.new_zeros(1, prefix, width), table], dim=1).float()
