@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,20 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.kernels import MaskedPatchEmbed
 
-from .attention import Attention, AttentionBackend
+from .attention import Attention, AttentionBackend, QKVLinear
+from .backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
 from .positions import sincos_positions
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 NORM_EPS = 1e-6  # of every LayerNorm (official MAE, MoCo v3 and DINO code)
 
 
 @dataclass(kw_only=True)
-class ViTConfig:
+class ViTConfig(BackboneConfig):
     """Size and options of a vision transformer."""
 
-    image_size: int | tuple[int, int] = 224
-    """Side of the square input in pixels, or (height, width)."""
     patch_size: int = 16
     """Side of a patch in pixels."""
     width: int = 768
@@ -36,17 +33,16 @@ class ViTConfig:
     """Attention heads; the head dimension is width / heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over D."""
-    positions: Literal["sincos", "learned"] = "sincos"
-    """Fixed sine-cosine table or a learned one."""
+    stem: Literal["patch", "conv"] = "patch"
+    """One projection of each patch, or a stack of strided convolutions (ConvStem of MoCo v3)."""
+    positions: Literal["sincos", "sincos_rows", "learned"] = "sincos"
+    """Fixed sine-cosine table, its first half for the column (MAE) or for the row (MoCo v3), or a learned one."""
+    init: Literal["mae", "moco_v3"] = "mae"
+    """Whose initialisation."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
     attention: AttentionBackend = "auto"
     """auto: fused kernels on a GPU, explicit matrix products on a CPU."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Input (height, width) in pixels."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -61,6 +57,43 @@ class ViTConfig:
                 f"image size {height}x{width} is not divisible by the patch size {self.patch_size}: change one of them"
             )
         return height // self.patch_size, width // self.patch_size
+
+    def build(
+        self,
+        *,
+        groups: int = 1,
+        sync: bool = True,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> VisionTransformer:
+        """See `BackboneConfig.build`; only the convolutional stem has batch normalisation."""
+        vit = VisionTransformer(self, mean=mean, std=std)
+        for module in vit.patch_embed.modules():
+            if hasattr(module, 'groups_of_views'):
+                module.groups, module.sync = groups, sync
+        return vit
+
+    def demo(self) -> ViTConfig:
+        """128 wide, four blocks, patches of 4 pixels of 32-pixel images."""
+        return replace(self, image_size=32, patch_size=4, width=128, depth=4, heads=4)
+
+    @property
+    def feature_width(self) -> int:
+        """Width D of the class token."""
+        return self.width
+
+    @property
+    def flops(self) -> float:
+        """Matrix products of one image, those of the last block for the class token alone."""
+        length = self.grid[0] * self.grid[1]
+        tokens, width, ratio = 1 + length, self.width, self.mlp_ratio
+        if self.stem == "conv":
+            raise NotImplementedError
+        else:
+            embed = 2.0 * length * 3 * self.patch_size**2 * width
+        blocks = transformer_flops(tokens=tokens, width=width, depth=self.depth, mlp_ratio=ratio)
+        unread = length * ((4 + 4 * ratio) * width**2 + 4 * tokens * width)  # of all tokens but one in the last block
+        return embed + blocks - unread
 
 
 def vit_tiny(patch_size: int = 16, image_size: int | tuple[int, int] = 224) -> ViTConfig:
@@ -86,6 +119,20 @@ def vit_large(patch_size: int = 16, image_size: int | tuple[int, int] = 224) -> 
 def vit_huge(patch_size: int = 14, image_size: int | tuple[int, int] = 224) -> ViTConfig:
     """ViT-H: 1280 wide, 32 blocks, 16 heads (arXiv 2010.11929, table 1)."""
     return ViTConfig(image_size=image_size, patch_size=patch_size, width=1280, depth=32, heads=16)
+
+
+def moco_vit(config: ViTConfig, *, heads: int | None = None, stem: Literal["patch", "conv"] = "patch") -> ViTConfig:
+    """A ViT as MoCo v3 initialises it (arXiv 2104.02057), its positions by row first.
+
+    Args:
+        config: size.
+        heads: attention heads where they differ: MoCo v3's ViT-S has 12.
+        stem: `conv` replaces the patch projection by convolutions, and one block with it.
+    """
+    depth = config.depth - 1 if stem == "conv" else config.depth
+    return replace(
+        config, heads=heads or config.heads, depth=depth, stem=stem, positions="sincos_rows", init="moco_v3"
+    )
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -211,6 +258,28 @@ def xavier_init_(module: nn.Module) -> None:
             nn.init.xavier_uniform_(part.weight.data.view(part.weight.shape[0], -1))
 
 
+def moco_v3_init_(vit: VisionTransformer) -> None:
+    """The initialisation of the official MoCo v3 code.
+
+    Xavier-uniform matrices with the joint qkv projection as three of its kind, zero biases, the patch projection as
+    the matrix `[D, 3 P P]`; convolutions of the other stem keep PyTorch's default.
+    """
+    for module in vit.modules():
+        if isinstance(module, QKVLinear):
+            bound = (6.0 / (2 * module.in_features)) ** 0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    if isinstance(vit.patch_embed, MaskedPatchEmbed):
+        projection = vit.patch_embed.proj
+        nn.init.xavier_uniform_(projection.weight.data.view(projection.weight.shape[0], -1))
+        assert projection.bias is not None
+        nn.init.zeros_(projection.bias)
+    nn.init.normal_(vit.cls_token, std=1e-6)
+
+
 class VisionTransformer(nn.Module):
     """A ViT that reads raw images and embeds only the patches that it is asked to see.
 
@@ -230,19 +299,25 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.grid = config.grid
         self.length = self.grid[0] * self.grid[1]
+        self.width = config.width
         self.patch_embed = MaskedPatchEmbed(
             image_size=config.size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        if config.positions == "sincos":
-            self.register_buffer("pos_embed", sincos_positions(config.width, self.grid, prefix=self.num_prefix))
+        if config.positions != "learned":
+            by_row = config.positions == "sincos_rows"
+            table = sincos_positions(config.width, self.grid, prefix=self.num_prefix, rows_first=by_row)
+            self.register_buffer("pos_embed", table)
         else:
             self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix + self.length, config.width))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = build_blocks(config)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
-        xavier_init_(self)
-        nn.init.normal_(self.cls_token, std=0.02)
+        if config.init == "moco_v3":
+            moco_v3_init_(self)
+        else:
+            xavier_init_(self)
+            nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
         """Encode images.
@@ -255,14 +330,44 @@ class VisionTransformer(nn.Module):
         Returns:
             Tokens after the final norm, class token first: `[B, 1 + V, D]`.
         """
-        x = self.patch_embed(images, indices)
-        positions = self.pos_embed[0, self.num_prefix :]
-        x = x + (positions if indices is None else F.embedding(indices, positions))
-        prefix = (self.cls_token + self.pos_embed[:, : self.num_prefix]).expand(x.shape[0], -1, -1)
-        x = torch.cat([prefix, x], dim=1)
+        x = self.embed(images, indices)
         for block in self.blocks:
             x = run_block(block, x)
         return self.norm(x)
+
+    def embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Tokens before the first block, with their positions; takes what `forward` takes."""
+        x = self.patch_embed(images) if indices is None else self.patch_embed(images, indices)
+        positions = self.pos_embed[0, self.num_prefix :]
+        x = x + (positions if indices is None else F.embedding(indices, positions))
+        prefix = (self.cls_token + self.pos_embed[:, : self.num_prefix]).expand(x.shape[0], -1, -1)
+        return torch.cat([prefix, x], dim=1)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The class token after the final norm, `[B, D]`; the last block computes nothing for the other tokens."""
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = run_block(block, x)
+        first = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+        return self.norm(run_block(self.blocks[-1], x, rows=first))[:, 0]
+
+    def first_layer(self) -> list[nn.Parameter]:
+        """Parameters of the patch projection, or of the stem's first convolution."""
+        projection = self.patch_embed.proj
+        return list((projection[0] if isinstance(projection, nn.Sequential) else projection).parameters())
+
+    def freeze_patch_embed(self) -> None:
+        """Keep the random patch projection (arXiv 2104.02057, section 4.2).
+
+        Raises:
+            ValueError: the stem is convolutional.
+        """
+        if not isinstance(self.patch_embed, MaskedPatchEmbed):
+            raise ValueError(
+                "freeze_patch_embed is on, but the convolutional stem has no patch projection: "
+                "pass --no-method.freeze-patch-embed"
+            )
+        self.patch_embed.proj.requires_grad_(False)
 
 
 def transformer_flops(*, tokens: float, width: int, depth: float, mlp_ratio: float = 4.0) -> float:
