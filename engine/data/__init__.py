@@ -13,17 +13,31 @@ from .faults import DataError
 from .loader import build_loader, evaluation_batches
 from .source import Source
 from .sources import open_source
-from .views import CenterCrop, HorizontalFlip, RandomResizedCrop, Resize, View
+from .views import (
+    CenterCrop,
+    ColorJitter,
+    GaussianBlur,
+    HorizontalFlip,
+    RandomGrayscale,
+    RandomResizedCrop,
+    Resize,
+    Solarize,
+    View,
+)
 
 __all__ = [
     "Batch",
     "CenterCrop",
+    "ColorJitter",
     "DataConfig",
     "DataError",
+    "GaussianBlur",
     "HorizontalFlip",
     "Loader",
+    "RandomGrayscale",
     "RandomResizedCrop",
     "Resize",
+    "Solarize",
     "Source",
     "View",
     "build_loader",

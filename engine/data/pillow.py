@@ -8,13 +8,27 @@ from functools import singledispatch
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from .reader import DecodeError, Sample, open_image
-from .views import CenterCrop, HorizontalFlip, ImageSize, Op, Params, RandomResizedCrop, Resize, View
+from .views import (
+    CenterCrop,
+    ColorJitter,
+    GaussianBlur,
+    HorizontalFlip,
+    ImageSize,
+    Op,
+    Params,
+    RandomGrayscale,
+    RandomResizedCrop,
+    Resize,
+    Solarize,
+    View,
+)
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_RAMP = bytes(range(256))
 
 
 def decode(data: bytes) -> Image.Image:
@@ -67,6 +81,62 @@ def _(op: Resize, image: Image.Image, params: Params) -> Image.Image:
 @apply.register
 def _(op: CenterCrop, image: Image.Image, params: Params) -> Image.Image:
     return _crop(image, params)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    return image.convert("L").convert("RGB")
+
+
+def _from_flat(image: Image.Image, value: int, factor: float) -> Image.Image:
+    """Scale the distance of all values from `value`, with a table made by `Image.blend`: faster than a second image."""
+    table = Image.blend(Image.new("L", (256, 1), value), Image.frombytes("L", (256, 1), _RAMP), factor)
+    return image.point(table.tobytes() * 3)
+
+
+def _brightness(image: Image.Image, factor: float) -> Image.Image:
+    return _from_flat(image, 0, factor)
+
+
+def _contrast(image: Image.Image, factor: float) -> Image.Image:
+    return _from_flat(image, int(np.asarray(image.convert("L")).mean() + 0.5), factor)
+
+
+def _saturation(image: Image.Image, factor: float) -> Image.Image:
+    return Image.blend(_grey(image), image, factor)
+
+
+def _hue(image: Image.Image, turn: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    shift = int(turn * 255) % 256  # 255 where it should be 256, and towards zero: torchvision's
+    turned = hue.point(_RAMP[shift:] + _RAMP[:shift])
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+
+
+_ADJUST = (_brightness, _contrast, _saturation, _hue)  # in the order of `ADJUSTMENTS`
+
+
+@apply.register
+def _(op: ColorJitter, image: Image.Image, params: Params) -> Image.Image:
+    numbers = params.tolist()
+    for which, factor in zip(numbers[:4], numbers[4:], strict=True):
+        if which >= 0:
+            image = _ADJUST[int(which)](image, factor)
+    return image
+
+
+@apply.register
+def _(op: RandomGrayscale, image: Image.Image, params: Params) -> Image.Image:
+    return _grey(image) if params[0] else image
+
+
+@apply.register
+def _(op: GaussianBlur, image: Image.Image, params: Params) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(float(params[0]))) if params[0] else image
+
+
+@apply.register
+def _(op: Solarize, image: Image.Image, params: Params) -> Image.Image:
+    return image.point((_RAMP[: op.threshold] + _RAMP[: 256 - op.threshold][::-1]) * 3) if params[0] else image
 
 
 def execute(view: View, image: Image.Image, params: Sequence[Params]) -> npt.NDArray[np.uint8]:

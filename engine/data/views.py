@@ -103,6 +103,103 @@ class HorizontalFlip:
         return size
 
 
+ADJUSTMENTS = ("brightness", "contrast", "saturation", "hue")
+"""What `ColorJitter` adjusts; a drawn adjustment is the place in this tuple, -1 for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorJitter:
+    """Change brightness, contrast, saturation and hue in random order with probability `p`.
+
+    torchvision's `RandomApply([ColorJitter(...)], p)` on Pillow images: factors are drawn from [max(0, 1 - x), 1 + x],
+    the hue's turn from [-x, x], and the order from all 24. Every adjustment gives uint8, and contrast stretches about
+    the mean of the grey image as the adjustments before it have left it. A strength x of 0 leaves its adjustment out.
+    """
+
+    p: float = 0.8
+    """Probability of any change."""
+    brightness: float = 0.4
+    """Largest relative change."""
+    contrast: float = 0.4
+    """Largest relative change of the distance from the mean."""
+    saturation: float = 0.2
+    """Largest relative change of the distance from grey."""
+    hue: float = 0.1
+    """Largest turn of the colour wheel in full turns, at most 0.5."""
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
+        """Draw the four adjustments in order (places in `ADJUSTMENTS`), then their factors; the hue's is its turn."""
+        chance, *numbers = rng.random(9).tolist()
+        if chance >= self.p:
+            return np.array((-1, -1, -1, -1, 1, 1, 1, 1), np.float32)
+        ranges = [(max(0.0, 1 - x), 1 + x) for x in (self.brightness, self.contrast, self.saturation)]
+        ranges.append((-self.hue, self.hue))
+        stages, factors = [-1] * 4, [1.0] * 4
+        for stage, which in enumerate(sorted(range(4), key=numbers.__getitem__)):
+            low, high = ranges[which]
+            if low < high:
+                stages[stage], factors[stage] = which, low + numbers[4 + which] * (high - low)
+        return np.array((*stages, *factors), np.float32)
+
+    def output_size(self, size: ImageSize) -> ImageSize:
+        """Unchanged."""
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomGrayscale:
+    """Replace the colours by their luma (ITU-R 601, rounded to uint8) in all three channels with probability `p`."""
+
+    p: float = 0.2
+    """Probability."""
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
+        """Draw one number: 1 for grey, 0 for colour."""
+        return np.array((rng.random() < self.p,), np.float32)
+
+    def output_size(self, size: ImageSize) -> ImageSize:
+        """Unchanged."""
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianBlur:
+    """Blur with a Gaussian of random width with probability `p`."""
+
+    p: float = 0.5
+    """Probability."""
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest standard deviation in pixels of the view, drawn uniformly."""
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
+        """Draw the standard deviation in pixels, 0 for no blur."""
+        chance, width = rng.random(2).tolist()
+        low, high = self.sigma
+        return np.array((low + width * (high - low) if chance < self.p else 0.0,), np.float32)
+
+    def output_size(self, size: ImageSize) -> ImageSize:
+        """Unchanged."""
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solarize:
+    """Invert the values from `threshold` upwards with probability `p`: v becomes 255 - v."""
+
+    p: float = 0.2
+    """Probability."""
+    threshold: int = 128
+    """The smallest value that is inverted, 0-255."""
+
+    def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
+        """Draw one number: 1 to solarise, 0 to leave."""
+        return np.array((rng.random() < self.p,), np.float32)
+
+    def output_size(self, size: ImageSize) -> ImageSize:
+        """Unchanged."""
+        return size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resize:
     """Resize the shorter side to `size` and keep the aspect, as torchvision does."""
