@@ -17,14 +17,18 @@ class ConfigError(ValueError):
     """A configuration that cannot run, told in one line with its remedy."""
 
 
+class TrainingError(RuntimeError):
+    """A run that the guard has ended, told in one line: what went wrong, and which checkpoint is left."""
+
+
 @dataclass(kw_only=True)
 class OptimConfig:
     """The optimiser and its schedule."""
 
-    name: Literal["adamw", "lars", "lamb"] = "adamw"
-    """AdamW, or LARS or LAMB, whose trust ratios need whole parameters: ZeRO stage 0."""
+    name: Literal["adamw", "lars", "lamb", "sgd"] = "adamw"
+    """AdamW or SGD; LARS or LAMB, whose trust ratios need whole parameters: ZeRO stage 0."""
     implementation: Literal["auto", "vitrail", "torch", "apex", "deepspeed"] = "auto"
-    """Whose code steps the weights; auto: vitrail's in ZeRO stage 0, torch's fused AdamW in the others."""
+    """Whose code steps the weights; auto: vitrail's in ZeRO stage 0, torch's in the others and for SGD."""
 
     base_lr: float = 1.5e-4
     """Learning rate per 256 images of the global batch (linear scaling rule)."""
@@ -39,9 +43,11 @@ class OptimConfig:
     eps: float = 1e-8
     """Term added to the denominator of AdamW and LAMB (published LAMB: 1e-6), and of some variants of LARS."""
     weight_decay: float = 0.05
-    """Weight decay of matrices and tokens, decoupled but for LARS; vectors and biases have none."""
+    """Weight decay; LARS and SGD add it to the gradient (L2), it is decoupled in the others."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What is decayed: matrices and tokens, or vectors and biases as well; LARS spares these decay and trust ratio."""
     momentum: float = 0.9
-    """Momentum of LARS."""
+    """Momentum of LARS and SGD."""
     trust_coefficient: float = 0.001
     """LARS: length of a layer's step as a share of the layer's norm, at a learning rate of one."""
     lars_variant: Literal["moco_v3", "simclr", "lightly", "solo"] = "moco_v3"
@@ -70,6 +76,8 @@ class TrainConfig:
     """bf16: matrix products in bf16 under autocast, parameters and statistics in fp32."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients of linear layers are accumulated and sent; bf16 halves the traffic."""
+    grad_cache: bool = False
+    """Losses that compare images see the whole batch instead of a micro-batch; the backbone runs forward twice."""
     checkpoint_activations: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -107,6 +115,42 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True)
+class GuardConfig:
+    """What counts as training gone wrong, and what follows it."""
+
+    enabled: bool = True
+    """Watch for spikes, dips and collapse; a step whose gradient is not finite is passed over in any case."""
+    spike: Literal["warn", "skip", "rollback", "stop"] = "warn"
+    """After a spike of a gradient norm. skip passes over that very step, and reads the norms at every step for it."""
+    dip: Literal["warn", "rollback", "stop"] = "warn"
+    """After a nearest-neighbour accuracy clearly below the best one."""
+    collapse: Literal["warn", "rollback", "stop"] = "warn"
+    """After signs that all images get the same features."""
+    nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    """stop: at the first gradient that is not finite. Otherwise, after max_nonfinite of them: stop, or roll back."""
+    window: int = 200
+    """Steps whose gradient norms a new one is compared with."""
+    history: int = 20
+    """Steps that the window must hold before anything is called a spike."""
+    deviations: float = 6.0
+    """A spike exceeds the median log-norm by so many robust standard deviations,"""
+    ratio: float = 3.0
+    """and the median norm by this factor."""
+    drop: float = 0.02
+    """A dip is at least so far below the best accuracy, and outside the error of the validation split (3 sigma)."""
+    intervals: int = 10
+    """Logging intervals in a row, after the warm-up, that make a collapse of the loss or of feature_std."""
+    min_feature_std: float = 0.05
+    """Collapsed below: standard deviation of normalised embeddings times the root of their width; 1 is spread out."""
+    min_rank: float = 1.2
+    """Collapsed below: RankMe of the online features (arXiv 2210.02885); 1 is one direction."""
+    max_nonfinite: int = 20
+    """Steps in a row whose gradients may be not finite."""
+    max_rollbacks: int = 3
+    """Returns to a checkpoint in one run; the next one stops it."""
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -120,6 +164,8 @@ class RunConfig:
     """Batch, precision, checkpoints."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Online evaluation."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Alarms for spikes, dips and collapse, and what follows them."""
 
     @property
     def peak_lr(self) -> float:

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitrail.kernels import multi_tensor_norm, multi_tensor_scale_
 from vitrail.kernels.multi_tensor_norm.clip import clip_scales
@@ -15,9 +15,10 @@ from vitrail.kernels.multi_tensor_norm.op import Norms
 from vitrail.kernels.optimizers import FusedOptimizer
 
 from ..data.cache import available_threads
+from ..methods.base import Method
 from . import optimizers
 from .config import OptimConfig, RunConfig
-from .param_groups import decay_groups
+from .param_groups import parameter_groups
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it had to guess
@@ -59,6 +60,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world),
+        "zero_allow_untested_optimizer": config.optim.name == "sgd",  # elementwise, so right on flat shards
         "gradient_clipping": config.optim.clip if train.zero_stage else 0.0,  # guarded_step clips in stage 0
         "steps_per_print": None,
         "zero_optimization": {
@@ -86,7 +88,7 @@ def _linear_classes() -> list[str]:
 
 
 def initialise(
-    method: nn.Module, config: RunConfig, world: int, teachers: dict[Tensor, Tensor] | None = None
+    method: Method, config: RunConfig, world: int, teachers: dict[Tensor, Tensor] | None = None
 ) -> DeepSpeedEngine:
     """Wrap a method, already on its device, with its optimiser and the sharding of `train.zero_stage`.
 
@@ -100,16 +102,16 @@ def initialise(
         ConfigError: the optimiser that `config` names cannot run here.
     """
     implementation = optimizers.choose(config)
-    groups = decay_groups(method, config.optim.weight_decay)
+    groups = parameter_groups(method, config)
     optimizer = optimizers.build(implementation, config.optim, groups, teachers or {})
     engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=deepspeed_config(config, world))
     return engine
 
 
 def set_learning_rate(engine: DeepSpeedEngine, lr: float) -> None:
-    """Write the learning rate into every group; all stages read it from there."""
+    """Write the learning rate into every group that does not hold its own; all stages read it from there."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group.get("fixed_lr", lr)
 
 
 def guarded_step(engine: DeepSpeedEngine, optim: OptimConfig) -> tuple[bool, Tensor | float | None]:

@@ -15,7 +15,7 @@ from .config import ConfigError, OptimConfig, RunConfig
 
 IMPLEMENTATIONS = ("vitrail", "torch", "apex", "deepspeed")
 AUTOMATIC = ("vitrail", "torch")  # what `auto` tries, in this order
-TITLES = {"adamw": "AdamW", "lars": "LARS", "lamb": "LAMB"}
+TITLES = {"adamw": "AdamW", "lars": "LARS", "lamb": "LAMB", "sgd": "SGD"}
 
 
 def reasons(implementation: str, *, name: str, stage: int, device: torch.device) -> list[str]:
@@ -23,10 +23,12 @@ def reasons(implementation: str, *, name: str, stage: int, device: torch.device)
 
     Args:
         implementation: one of `IMPLEMENTATIONS`.
-        name: `adamw`, `lars` or `lamb`.
+        name: `adamw`, `lars`, `lamb` or `sgd`.
         stage: ZeRO stage.
         device: where the parameters are.
     """
+    if name == "sgd":
+        return [] if implementation == "torch" else ["SGD is taken from torch alone"]
     if implementation == "vitrail":
         return _vitrail(name, stage)
     against = [] if name == "adamw" or stage == 0 else [_shards(name)]
@@ -104,10 +106,16 @@ def choose(config: RunConfig) -> str:
     """The implementation that runs `config`'s optimiser here; touches neither a GPU nor a process group.
 
     Raises:
-        ConfigError: none can, or not the one that was asked for, or the gradients cannot be clipped or kept as asked.
+        ConfigError: none can, or not the one that was asked for, or weights cannot be decayed, or gradients clipped or
+            kept, as asked.
     """
     optim, stage = config.optim, config.train.zero_stage
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if optim.name == "lars" and optim.decay == "all":
+        raise ConfigError(
+            "optim.decay all cannot run with optim.name lars: every variant spares vectors both decay and trust ratio; "
+            "pass --optim.decay matrices"
+        )
     _check_gradients(config)
     candidates = AUTOMATIC if optim.implementation == "auto" else (optim.implementation,)
     against = {c: reasons(c, name=optim.name, stage=stage, device=device) for c in candidates}
@@ -150,10 +158,13 @@ def build(
         implementation: what `choose` returned.
         optim: its settings. vitrail's optimisers clip and check the gradients themselves, `guarded_step` does it for
             the others in stage 0, DeepSpeed in stages 1 to 3.
-        groups: parameter groups, each with its weight decay.
+        groups: parameter groups, each with its weight decay, which SGD adds to the gradient (L2).
         teachers: teacher of each parameter that has one; `FusedAdamWEMA` alone updates them.
     """
     adam: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
+    if optim.name == "sgd":
+        # Not told by `found_inf`: the fused kernel would keep the momentum of a skipped first step uninitialised.
+        return heeding_the_flag(torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, fused=True))
     if implementation == "torch":
         return torch.optim.AdamW(groups, **adam, fused=True)
     if implementation == "vitrail":
@@ -178,7 +189,7 @@ def _foreign_lamb(implementation: str, groups: list[dict[str, Any]], adam: dict[
 def heeding_the_flag(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Make an optimiser pass over a step before which its attribute `held_back` was set to a raised flag.
 
-    torch's fused optimisers have `found_inf` for that, and read it on the device; this one is read on the host.
+    torch's fused AdamW has `found_inf` for that, and reads it on the device; this one is read on the host.
     """
     taken = optimizer.step
 

@@ -11,13 +11,13 @@ from vitrail.engine.methods.mae import MAE
 from vitrail.engine.train import ConfigError, OptimConfig, TrainConfig
 from vitrail.engine.train.ds import deepspeed_config
 from vitrail.engine.train.launch import parse
-from vitrail.engine.train.param_groups import decay_groups
 from vitrail.engine.train.schedules import cosine_with_warmup
 from vitrail.recipes import mae_vitb, mae_vith, mae_vitl
 
 # Fields of the optimiser and other values than their defaults; all change the numbers of a run.
 DECISIVE = {
     "name": "lars",
+    "decay": "all",
     "momentum": 0.8,
     "trust_coefficient": 0.02,
     "lars_variant": "simclr",
@@ -35,30 +35,16 @@ def test_pretraining_learning_rate(epoch, expected):
     assert got == pytest.approx(expected, rel=5e-3 if epoch == 799 else 1e-7)
 
 
+@pytest.mark.parametrize(("epoch", "expected"), [(0, 0.0), (0.5, 3e-5), (40, 2.4e-3), (150, 1.487178797e-3)])
+def test_learning_rate_of_moco_v3_over_300_epochs(epoch, expected):
+    got = cosine_with_warmup(epoch, peak=2.4e-3, final=0.0, warmup=40, total=300)
+    assert got == pytest.approx(expected, rel=0, abs=5e-13)
+
+
 def test_learning_rate_ends_at_its_floor_and_needs_no_warmup():
     assert cosine_with_warmup(0, peak=1.0, final=0.1, warmup=0, total=10) == 1.0
     assert cosine_with_warmup(10, peak=1.0, final=0.1, warmup=0, total=10) == pytest.approx(0.1)
     assert cosine_with_warmup(5, peak=1.0, final=0.1, warmup=0, total=10) == pytest.approx(0.55)
-
-
-def test_decay_groups_are_those_of_the_official_code(tmp_path):
-    model = MAE(training.tiny_config(tmp_path).method)
-    kept, decayed = decay_groups(model, 0.05)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert (kept["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)
-    assert all(p.dim() == 1 for p in kept["params"])
-    in_decay = {names[id(p)] for p in decayed["params"]}
-    assert {"encoder.cls_token", "decoder.mask_token", "encoder.patch_embed.proj.weight"} <= in_decay
-    assert len(kept["params"]) + len(decayed["params"]) == len(names)
-    model.requires_grad_(False)
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        decay_groups(model, 0.05)
-
-
-def test_frozen_parameters_reach_no_group():
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    module[0].requires_grad_(False)
-    assert sum(len(g["params"]) for g in decay_groups(module, 0.1)) == 2
 
 
 def test_global_batch_is_checked(tmp_path):

@@ -27,6 +27,7 @@ def configured(tmp_path, stage, **optim):
     [
         *((0, name, "vitrail") for name in ("adamw", "lars", "lamb")),
         *((stage, "adamw", "torch") for stage in (1, 2, 3)),
+        *((stage, "sgd", "torch") for stage in range(4)),
     ],
 )
 def test_what_auto_takes(tmp_path, stage, name, expected):
@@ -55,6 +56,16 @@ def test_trust_ratios_on_shards_are_refused(tmp_path, stage, name, implementatio
         (0, {"name": "lamb", "implementation": "torch"}, "PyTorch has no LAMB"),
         (2, {"name": "lamb", "implementation": "torch"}, "wrong on flat ZeRO shards.*PyTorch has no LAMB"),
         (0, {"name": "lars", "implementation": "apex"}, "apex has no LARS"),
+        (
+            0,
+            {"name": "sgd", "implementation": "vitrail"},
+            "sgd of vitrail .*zero_stage 0: SGD is taken from torch alone",
+        ),
+        (
+            0,
+            {"name": "lars", "decay": "all"},
+            "decay all cannot run with optim.name lars: .*pass --optim.decay matrices",
+        ),
         (0, {"name": "lamb", "implementation": "deepspeed"}, "FusedLamb runs on CUDA devices, not on the CPU"),
         (1, {"implementation": "apex"}, "apex is not installed"),
     ],
@@ -155,11 +166,11 @@ def test_deepspeed_clips_only_where_it_steps(tmp_path):
 def test_overview_gives_every_implementation_a_state():
     rows = choice.overview(CPU)
     seen = [(name, stage) for name, stages, _ in rows for stage in stages.split(", ")]
-    assert sorted(seen) == sorted(itertools.product(("adamw", "lars", "lamb"), "0123"))
+    assert sorted(seen) == sorted(itertools.product(("adamw", "lars", "lamb", "sgd"), "0123"))
     for name, stages, states in rows:
         assert [implementation for implementation, _ in states] == list(choice.IMPLEMENTATIONS)
         active = [implementation for implementation, state in states if state == "active"]
-        expected = "vitrail" if stages == "0" else "torch" if name == "adamw" else None
+        expected = "vitrail" if stages == "0" else "torch" if name in ("adamw", "sgd") else None
         assert active == ([expected] if expected else [])
         assert all(state for _, state in states)
 
@@ -170,12 +181,17 @@ def test_settings_reach_the_optimiser():
     optim = OptimConfig(
         betas=(0.8, 0.7), eps=1e-3, momentum=0.6, trust_coefficient=0.02, lars_variant="simclr", clip=2.0
     )
-    for implementation, name in (("torch", "adamw"), ("vitrail", "adamw"), ("vitrail", "lars"), ("vitrail", "lamb")):
+    for implementation, name in (
+        *(("torch", name) for name in ("adamw", "sgd")),
+        *(("vitrail", name) for name in ("adamw", "lars", "lamb")),
+    ):
         built = choice.build(implementation, replace(optim, name=name), [dict(g) for g in groups], {})
         (group,) = built.param_groups
         wanted = {"weight_decay": 0.25, "lr": 0.0}
         if name == "lars":
             wanted |= {"momentum": 0.6, "trust_coefficient": 0.02, "eps": 1e-3, "lr_in_momentum": True}
+        elif name == "sgd":
+            wanted |= {"momentum": 0.6, "dampening": 0, "nesterov": False, "fused": True}
         else:
             wanted |= {"betas": (0.8, 0.7), "eps": 1e-3}
         assert {key: group[key] for key in wanted} == wanted
@@ -183,18 +199,19 @@ def test_settings_reach_the_optimiser():
             assert (built.max_grad_norm, built.clip_per_tensor, built.skip_nonfinite) == (2.0, False, True)
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
 @pytest.mark.parametrize(("clip", "per_tensor"), [(0.0, False), (0.5, False), (0.5, True), (100.0, True)])
-def test_torchs_optimiser_is_told_to_clip(clip, per_tensor):
+def test_torchs_optimiser_is_told_to_clip(name, clip, per_tensor):
     """Its divisor and what the gradients are then make `g * min(1, clip / (norm + 1e-6))`."""
     params = [nn.Parameter(torch.zeros(size)) for size in (5, 1, 7)]
-    built = choice.build("torch", OptimConfig(), [{"params": params[:1]}, {"params": params[1:]}], {})
+    built = choice.build("torch", OptimConfig(name=name), [{"params": params[:1]}, {"params": params[1:]}], {})
     gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) for p in params]
     for parameter, gradient in zip(params, gradients, strict=True):
         parameter.grad = gradient.clone()
     norms = _guard(built, OptimConfig(clip=clip, clip_per_tensor=per_tensor))
     common = torch.cat(gradients).double().norm().item()
     assert (norms.total.item(), norms.found_inf.item()) == (pytest.approx(common), 0.0)
-    assert built.found_inf.item() == 0.0
+    assert (built.found_inf if name == "adamw" else built.held_back).item() == 0.0
     for parameter, gradient in zip(params, gradients, strict=True):
         norm = gradient.double().norm().item() if per_tensor else common
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
@@ -215,3 +232,28 @@ def test_torchs_optimiser_is_told_not_to_step(bad):
     _guard(built, OptimConfig(clip=1.0))
     built.step()
     assert (parameter < 1).all()
+
+
+@pytest.mark.parametrize("bad_step", [0, 2])
+def test_sgd_passes_over_a_step_with_its_momentum(bad_step):
+    """Against the formula in float64. A first step that is skipped must leave no momentum either, or one of zeros."""
+    optim = OptimConfig(name="sgd", momentum=0.9)
+    weights = torch.linspace(-1, 1, 1000)
+    parameter = nn.Parameter(weights.clone())
+    built = choice.build("torch", optim, [{"params": [parameter], "weight_decay": 0.25}], {})
+    built.param_groups[0]["lr"] = 0.5
+    expected, velocity = weights.double(), torch.zeros(1000, dtype=torch.float64)
+    for step in range(4):
+        gradient = torch.sin(weights + step)
+        parameter.grad = gradient.clone()
+        if step == bad_step:
+            parameter.grad[7] = math.inf
+        else:
+            velocity = 0.9 * velocity + gradient.double() + 0.25 * expected
+            expected = expected - 0.5 * velocity
+        before = parameter.detach().clone()
+        _guard(built, optim)
+        built.step()
+        assert torch.equal(parameter, before) == (step == bad_step)
+        assert bool(built.state[parameter]) == (step > 0 or bad_step > 0)
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=1e-6)

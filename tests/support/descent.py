@@ -1,0 +1,114 @@
+"""Networks that are pulled to moving targets, whose every step has a formula; a script as `training.py` is."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import momentum
+import torch
+import training
+from torch import nn
+
+from vitrail.engine.data.views import RandomResizedCrop, View
+from vitrail.engine.methods.base import Method, MethodConfig, Schedule
+from vitrail.engine.train.config import OptimConfig, RunConfig
+
+POISON = (0, 2)  # steps whose loss is not a number: before there is a momentum, and after
+STOP = 4  # steps before the interruption
+OPTIM = OptimConfig(name="sgd", lr=0.25, momentum=0.9, weight_decay=0.125, decay="all", warmup_epochs=0)
+
+
+def target(step: int) -> float:
+    """Where every weight is pulled at a step."""
+    return math.sin(1.0 + step)
+
+
+def start(shape: torch.Size) -> torch.Tensor:
+    """Weights before the first step."""
+    return torch.linspace(-1.0, 1.0, shape.numel()).view(shape)
+
+
+class Pulled(nn.Linear):
+    """Its gradients are its weights' distances to the target."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(start(parameter.shape))
+
+    def forward(self, goal: float) -> torch.Tensor:
+        return sum(0.5 * (parameter - goal).square().sum() for parameter in self.parameters())
+
+
+@dataclass(kw_only=True)
+class DescentConfig(MethodConfig):
+    """Two networks of which one keeps its learning rate."""
+
+    def build(self) -> "Descent":
+        return Descent()
+
+    def demo(self) -> "DescentConfig":
+        return self
+
+
+class Descent(Method):
+    """ZeRO-3 shards the encoder's matrix, above 100,000 elements, and keeps the rest whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.predictor = Pulled(500, 211), Pulled(7, 3)
+        self.applied: list[bool] = []
+
+    def views(self) -> list[View]:
+        return [View(name="crop", ops=(RandomResizedCrop(size=(32, 32)),))]
+
+    def forward(self, batch: Any, schedule: Schedule) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        goal = target(schedule.step)
+        loss = self.encoder(goal) + self.predictor(goal)
+        if schedule.step in POISON:
+            loss = loss * math.nan
+        return loss, {"loss": loss.detach()}
+
+    def unscheduled(self) -> list[nn.Module]:
+        return [self.predictor]
+
+    def after_step(self, applied: bool) -> None:
+        self.applied.append(applied)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).float()
+
+    def flops(self, images: int) -> float:
+        return float(images)
+
+
+def descent_config(output: Path, **train: Any) -> RunConfig:
+    """The steps of `training.tiny_config`, in fp32."""
+    config = training.tiny_config(output, precision="fp32", **train)
+    return replace(config, method=DescentConfig(), optim=OPTIM)
+
+
+# --- what runs inside the processes ---------------------------------------------------------------------------------
+
+
+def stages(scratch: Path) -> Any:
+    """Every stage, interrupted and continued."""
+    report: dict[str, Any] = {}
+    for stage in range(4):
+        config = descent_config(scratch / f"run{stage}", zero_stage=stage)
+        first = momentum.train(config, stop_after=STOP)
+        report[str(stage)] = {
+            "first": first["applied"],
+            "second": momentum.train(config, f"stage{stage}")["applied"],
+        }
+        if torch.distributed.get_rank() == 0:
+            report[str(stage)]["lr"] = training.logged(config.train.output, "lr")
+    return report
+
+
+CASES = {"stages": stages}
+
+if __name__ == "__main__":
+    training.run_in_process(CASES)
