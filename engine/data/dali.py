@@ -5,7 +5,7 @@ a seed or a state. Each image is decoded once, whatever the number of views.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import singledispatch
 from typing import Any, TypeAlias
 
@@ -16,10 +16,21 @@ from torch.utils.dlpack import from_dlpack
 
 from .faults import DataError
 from .reader import DecodeError, Sample
-from .views import CenterCrop, HorizontalFlip, Op, RandomResizedCrop, Resize, View
+from .views import (
+    CenterCrop,
+    ColorJitter,
+    GaussianBlur,
+    HorizontalFlip,
+    Op,
+    RandomGrayscale,
+    RandomResizedCrop,
+    Resize,
+    Solarize,
+    View,
+)
 
 try:
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn, math, types
     from nvidia.dali.pipeline import Pipeline
 except ImportError as error:
     raise DataError(
@@ -81,6 +92,106 @@ def _(op: Resize, images: Node, params: Node) -> Node:
 @lower.register
 def _(op: CenterCrop, images: Node, params: Node) -> Node:
     return _crop(images, params)
+
+
+def _where(chosen: Node, do: Callable[..., Node], images: Node, *numbers: Node) -> Node:
+    """Do something to those samples whose `chosen`, a scalar on the CPU, is true; the others are not copied."""
+    conditional: Any = vars(fn)["_conditional"]  # what DALI turns an `if` of a decorated pipeline into
+    split = [conditional.split(node, predicate=chosen, _if_stmt=True) for node in (images, *numbers)]
+    return conditional.merge(do(*(yes for yes, _ in split)), split[0][1], predicate=chosen)
+
+
+def _beside(numbers: Node, images: Node) -> Node:
+    """A few numbers of each sample, moved to where its pixels are."""
+    return numbers.gpu() if images.device == "gpu" else numbers
+
+
+def _luma(images: Node) -> Node:
+    return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+
+
+def _grey(images: Node) -> Node:
+    return fn.color_space_conversion(_luma(images), image_type=types.GRAY, output_type=types.RGB)
+
+
+def _rounded(images: Node, shift: float = 0.0) -> Node:
+    """float32 values 0-255 to the nearest uint8, after `shift`."""
+    return fn.brightness_contrast(images, brightness_shift=shift / 255, dtype=types.UINT8)
+
+
+def _blend(flat: Node, images: Node, factor: Node) -> Node:
+    """Scale the distance of all values from `flat`."""
+    # Pillow truncates. A little less than half keeps whole numbers, which float32 may miss, what they are.
+    return _rounded(flat * _beside(1 - factor, images) + images * _beside(factor, images), -0.499)
+
+
+def _brightness(images: Node, factor: Node) -> Node:
+    return fn.brightness_contrast(images, brightness=factor, brightness_shift=-0.499 / 255)
+
+
+def _contrast(images: Node, factor: Node) -> Node:
+    # The operator's own contrast_center is an argument, and arguments of GPU operators must be on the CPU.
+    mean = math.floor(fn.reductions.mean(_luma(images)) + 0.5)
+    return _blend(mean, images, factor)
+
+
+def _saturation(images: Node, factor: Node) -> Node:
+    return _blend(_grey(images), images, factor)
+
+
+def _hue(images: Node, turn: Node) -> Node:
+    """Turn the hexagon of colours, whose corners red, yellow, green, cyan, blue, magenta are at 0, 1, 2, 3, -2, -1.
+
+    With the largest and the smallest channel at V and m, a channel at distance d from a colour's place on the hexagon
+    holds m + (V - m) * clamp(2 - d, 0, 1).
+    """
+    red, green, blue = (images[:, :, channel : channel + 1] for channel in range(3))
+    low = math.min(math.min(red, green), blue)
+    chroma = math.max(math.max(red, green), blue) - low
+    green, blue = fn.cast(green, dtype=types.FLOAT), fn.cast(blue, dtype=types.FLOAT)
+    from_red = 1 + (green + blue - red - low) / math.max(chroma, np.uint8(1))
+    place = from_red * math.clamp(2 * (green - blue) + 1, -1.0, 1.0)
+    # Pillow keeps the hue as a truncated byte, half a step low in the mean, and torchvision turns it by whole steps.
+    steps = math.floor(math.max(turn * 255, 0.0)) + math.ceil(math.min(turn * 255, 0.0)) - 0.5
+    ahead = steps * (6 / 255)
+    ahead = fn.stack(ahead, ahead - 2, ahead + 2)
+    ahead = ahead - 6 * math.floor((ahead + 3) / 6)
+    # Both terms lie within half a turn, so 3 - |3 - |sum|| is the distance from red, green and blue.
+    near = math.abs(3 - math.abs(place + _beside(ahead, images)))
+    return _rounded(low + chroma * math.clamp(near - 1, 0.0, 1.0))
+
+
+_ADJUST = (_brightness, _contrast, _saturation, _hue)  # in the order of `ADJUSTMENTS`
+
+
+@lower.register
+def _(op: ColorJitter, images: Node, params: Node) -> Node:
+    for stage in range(4):
+        drawn, factor = params[stage], params[4 + stage]
+        for which, adjust in enumerate(_ADJUST):
+            images = _where(drawn == which, adjust, images, factor)
+    return images
+
+
+@lower.register
+def _(op: RandomGrayscale, images: Node, params: Node) -> Node:
+    return _where(params[0] > 0, _grey, images)
+
+
+@lower.register
+def _(op: GaussianBlur, images: Node, params: Node) -> Node:
+    sigma = params[0]
+    return _where(sigma > 0, lambda images, sigma: fn.gaussian_blur(images, sigma=sigma), images, sigma)
+
+
+@lower.register
+def _(op: Solarize, images: Node, params: Node) -> Node:
+    table = [255 - value if value >= op.threshold else value for value in range(256)]
+    return _where(
+        params[0] > 0,
+        lambda images: fn.lookup_table(images, keys=list(range(256)), values=table, dtype=types.UINT8),
+        images,
+    )
 
 
 class DaliDecoder:
