@@ -12,6 +12,9 @@ from vitrail.kernels import knn_topk
 
 from ..data import DataConfig, Source
 from .features import Features, evaluation_mode, evaluation_view, extract
+from .rank import rankme
+
+RANK_ROWS = 4096  # features whose rank is measured
 
 if TYPE_CHECKING:
     from ..methods.base import Method
@@ -54,6 +57,13 @@ def knn_accuracy(bank: Features, queries: Features, *, neighbours: int = 20, tem
     return (predicted == queries.labels).float().mean().item()
 
 
+def evenly(vectors: Tensor, rows: int) -> Tensor:
+    """At most so many rows, evenly spaced: a bank sorted by class stays mixed."""
+    if len(vectors) <= rows:
+        return vectors
+    return vectors[torch.arange(rows, device=vectors.device) * len(vectors) // rows]
+
+
 class OnlineKNN:
     """Accuracy of a method in training on a held-out split. Calling it is collective."""
 
@@ -72,7 +82,7 @@ class OnlineKNN:
         self.precision, self.rank, self.world = precision, rank, world
 
     def __call__(self, method: Method) -> dict[str, float]:
-        """Return `{"knn": accuracy}`, 0 to 1."""
+        """Return `{"knn": accuracy, 0 to 1, "rankme": effective rank of the bank}`."""
         view = evaluation_view(method.views()[0].size)
         device = next(method.buffers()).device
         with evaluation_mode(method, self.precision):
@@ -96,4 +106,4 @@ class OnlineKNN:
             neighbours=self.config.neighbours,
             temperature=self.config.temperature,
         )
-        return {"knn": accuracy}
+        return {"knn": accuracy, "rankme": rankme(evenly(bank.vectors, RANK_ROWS))}

@@ -1,6 +1,15 @@
 """The trainer and its state."""
 
-from .config import ConfigError, EvaluateConfig, OptimConfig, RunConfig, TrainConfig
+from .config import ConfigError, EvaluateConfig, GuardConfig, OptimConfig, RunConfig, TrainConfig, TrainingError
 from .launch import launch
 
-__all__ = ["ConfigError", "EvaluateConfig", "OptimConfig", "RunConfig", "TrainConfig", "launch"]
+__all__ = [
+    "ConfigError",
+    "EvaluateConfig",
+    "GuardConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TrainConfig",
+    "TrainingError",
+    "launch",
+]

@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoints/step_00001234`::
     deepspeed/          optimiser and parameter shards, for the same number of ranks
     model.safetensors   every parameter and buffer, whole, in fp32; teachers are among them
     rng-0.safetensors   random state of each rank
-    state.json          step, epoch, fingerprint of the configuration, world, versions
+    state.json          step, what the guard remembers, fingerprint of the configuration, world, versions
 
 It is written under a temporary name, flushed to disk and renamed, so a folder with its final name is complete.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,13 @@ class TrainState:
     step: int = 0
     """Optimiser steps taken, skipped ones included."""
     skipped: int = 0
-    """Steps not applied because a gradient was not finite."""
+    """Steps not applied: a gradient was not finite, or a spike."""
+    data_shift: int = 0
+    """Batches passed over by returns to a checkpoint: step s trains on batch s + data_shift of the sample order."""
+    rollbacks: int = 0
+    """Returns to a checkpoint."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard remembers."""
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -132,7 +138,45 @@ def restore(path: Path, engine: DeepSpeedEngine, config: RunConfig, *, dataset: 
             )
     engine.load_checkpoint(str(path), tag="deepspeed")
     _restore_random_state(load_file(path / f"rng-{torch.distributed.get_rank()}.safetensors"))
-    return TrainState(step=description["step"], skipped=description["skipped"])
+    return TrainState(**{part.name: description[part.name] for part in fields(TrainState) if part.name in description})
+
+
+def go_back(
+    output: Path, engine: DeepSpeedEngine, state: TrainState, config: RunConfig, *, dataset: str, before: int
+) -> TrainState | None:
+    """Return to the newest checkpoint of step `before` or an older one, and delete those after it. Collective.
+
+    The batches since that checkpoint will be passed over, or the same ones would lead to the same trouble: the state
+    is written with their number into the checkpoint, so that whoever resumes from it passes over them as well.
+
+    Returns:
+        The state to go on from; None, and nothing was done, if there is no such checkpoint.
+    """
+    saved = checkpoints(output)
+    fitting = [path for path in saved if step_of(path) <= before]
+    if not fitting:
+        return None
+    path = fitting[-1]
+    torch.distributed.barrier()  # all ranks have looked before rank 0 deletes
+    restored = restore(path, engine, config, dataset=dataset)
+    restored.data_shift = state.data_shift + state.step - restored.step
+    restored.rollbacks = state.rollbacks + 1
+    if torch.distributed.get_rank() == 0:
+        file = path / "state.json"
+        partial = path / ".partial-state.json"
+        partial.write_text(json.dumps(json.loads(file.read_text()) | asdict(restored), indent=1))
+        _flush(path)
+        os.replace(partial, file)
+        _flush_folder(path)
+        for newer in saved[len(fitting) :]:
+            shutil.rmtree(newer)
+    torch.distributed.barrier()
+    return restored
+
+
+def step_of(path: Path) -> int:
+    """Steps done when a checkpoint was written, from the name of its folder."""
+    return int(path.name.removeprefix(PREFIX))
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -177,7 +221,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             changed += _differences(before, after, f"{prefix}{key}.")
-        elif before != after and not f"{prefix}{key}".startswith(("data.", "train.output", "train.log_every")):
+        elif before != after and not f"{prefix}{key}".startswith(
+            ("data.", "guard.", "train.output", "train.log_every")
+        ):
             changed.append(f"{prefix}{key}: {before} then, {after} now")
     return changed
 

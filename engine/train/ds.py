@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.kernels import multi_tensor_norm, multi_tensor_scale_
 from vitrail.kernels.multi_tensor_norm.clip import clip_scales
@@ -26,6 +27,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_grad
 
 deepspeed_logger.setLevel(logging.WARNING)
 
@@ -114,41 +116,132 @@ def set_learning_rate(engine: DeepSpeedEngine, lr: float) -> None:
         group["lr"] = group.get("fixed_lr", lr)
 
 
-def guarded_step(engine: DeepSpeedEngine, optim: OptimConfig) -> tuple[bool, Tensor | float | None]:
-    """Finish a micro-batch; at the end of an accumulation, step unless the gradient is not finite.
+Norm = Tensor | float
+"""A gradient norm, on the device or, where DeepSpeed has read it already, on the host."""
+Judge = Callable[[Norm, Norm | None], bool]
+"""Told the finite global norm and the first layer's: whether to hold the step back. Equal on all ranks."""
+
+
+class Step(NamedTuple):
+    """What became of an optimiser step."""
+
+    applied: bool
+    """Whether the parameters changed."""
+    held: bool
+    """Whether the judge held it back; otherwise a step that was not applied had a gradient that is not finite."""
+    norm: Norm
+    """Global gradient norm before clipping."""
+    first_norm: Tensor | None
+    """Norm of the first layer's gradient before clipping, None where no such layer was named."""
+
+
+def guarded_step(
+    engine: DeepSpeedEngine,
+    optim: OptimConfig,
+    first_layer: Sequence[nn.Parameter] = (),
+    judge: Judge | None = None,
+) -> Step | None:
+    """Finish a micro-batch; at the end of an accumulation, step unless the gradient is not finite. Collective.
 
     Stages 1 to 3 check and clip the gradient themselves. Stage 0 under autocast does not check and would poison the
     weights: there vitrail's optimisers do both within their step, and the others are handed the flag.
 
+    Args:
+        engine: what `initialise` returned, after its backward pass.
+        optim: settings of the optimiser.
+        first_layer: parameters whose gradient norm is wanted.
+        judge: may hold back a step whose gradient is finite.
+
     Returns:
-        Whether the parameters changed (False between boundaries), and the global gradient norm before clipping.
+        None between boundaries.
     """
-    boundary = engine.is_gradient_accumulation_boundary()
-    whole = engine.zero_optimization_stage() == 0 and boundary
-    norms = _guard(engine.optimizer, optim) if whole and not isinstance(engine.optimizer, FusedOptimizer) else None
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    first_norm = gradient_norm(first_layer) if first_layer else None
+    verdicts: list[tuple[bool, Norm]] = []
+
+    def hold(norm: Norm) -> bool:
+        held = judge is not None and judge(norm, first_norm)
+        verdicts.append((held, norm))
+        return held
+
+    step = _step_sharded if engine.zero_optimization_stage() else _step_whole
+    applied, norm = step(engine, optim, hold if judge is not None else None)
+    held, norm = verdicts[0] if verdicts else (False, norm)
+    return Step(applied, held, norm, first_norm)
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Norm of the gradient of some parameters over all ranks, float32 scalar: between the last backward and the step.
+
+    Collective in stages 1 to 3, where the gradient of each parameter is put together for it: for small layers.
+    """
+    gradients = [safe_get_full_grad(parameter) for parameter in parameters]
+    return multi_tensor_norm([gradient for gradient in gradients if gradient is not None]).total
+
+
+def _step_whole(engine: DeepSpeedEngine, optim: OptimConfig, hold: Callable[[Norm], bool] | None) -> tuple[bool, Norm]:
+    """The step of stage 0."""
+    optimizer = engine.optimizer
+    own = isinstance(optimizer, FusedOptimizer)
+    norms, held = None, False
+    if hold is not None or not own:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = multi_tensor_norm(gradients)
+        held = hold is not None and not bool(norms.found_inf) and hold(norms.total)
+        flag = torch.ones_like(norms.total) if held else norms.found_inf
+        if own:
+            optimizer.found_inf = flag
+        else:
+            _guard(optimizer, optim, gradients, norms, flag)
     engine.step()
-    if not boundary:
-        return False, None
-    if not whole:
-        return engine.was_step_applied(), engine.get_global_grad_norm()
-    norms = norms or engine.optimizer.norms
-    return not bool(norms.found_inf), norms.total
+    norms = norms or optimizer.norms
+    return not held and not bool(norms.found_inf), norms.total
 
 
-def _guard(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> Norms:
+def _guard(
+    optimizer: torch.optim.Optimizer, optim: OptimConfig, gradients: list[Tensor], norms: Norms, flag: Tensor
+) -> None:
     """Tell an optimiser that is not vitrail's whether to step; scale its gradients, or have torch's scale them."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = multi_tensor_norm(gradients)
     told: Any = optimizer
     fused = isinstance(optimizer, torch.optim.AdamW)
     if fused:
-        told.found_inf = norms.found_inf
+        told.found_inf = flag
     else:
-        told.held_back = norms.found_inf
+        told.held_back = flag
     if optim.clip:
         scales = clip_scales(norms, optim.clip, per_tensor=optim.clip_per_tensor)
         if fused and not optim.clip_per_tensor:
             told.grad_scale = 1.0 / scales  # its kernel divides by one number for all gradients
         else:
             multi_tensor_scale_(gradients, scales)
-    return norms
+
+
+def _step_sharded(engine: DeepSpeedEngine, _: OptimConfig, hold: Callable[[Norm], bool] | None) -> tuple[bool, Norm]:
+    """The step of stages 1 to 3, which DeepSpeed itself leaves out when it finds a norm that is not finite.
+
+    To hold a step back, its optimiser is given such a norm at the place where it looks for one.
+    """
+    if hold is None:
+        engine.step()
+        return engine.was_step_applied(), engine.get_global_grad_norm()
+    optimizer = engine.optimizer
+    # Stage 3 checks the norm that it makes of its groups' norms, the others check their common norm.
+    source = "_get_norm_groups" if engine.zero_optimization_stage() == 3 else "scaled_global_norm"
+    plain = getattr(optimizer, source)
+
+    def judged() -> Any:
+        found = plain()
+        parts = found if isinstance(found, list) else [found]
+        norms = torch.stack([torch.as_tensor(part, dtype=torch.float32, device=engine.device) for part in parts])
+        if bool((norms.isfinite() & (norms >= 0)).all()) and hold(torch.linalg.vector_norm(norms)):
+            return [torch.full_like(norms[0], torch.inf)] if isinstance(found, list) else found + torch.inf
+        return found
+
+    setattr(optimizer, source, judged)
+    try:
+        engine.step()
+    finally:
+        delattr(optimizer, source)
+    return engine.was_step_applied(), engine.get_global_grad_norm()

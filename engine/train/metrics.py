@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .guard import Alarm
 
 
 class DeviceMeans:
@@ -55,7 +58,8 @@ class Recorder:
 
         output.mkdir(parents=True, exist_ok=True)
         self._file = (output / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._board_folder = str(output / "tensorboard")
+        self._board = SummaryWriter(self._board_folder, purge_step=start_step + 1 if start_step else None)
         self.console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -80,6 +84,16 @@ class Recorder:
         if not self.console.is_terminal:
             self.console.print(f"step {step}/{self.total_steps}  {line}", highlight=False, soft_wrap=True)
 
+    def rewind(self, step: int) -> None:
+        """Go back to a step: TensorBoard drops what came after it, `metrics.jsonl` keeps it and goes on."""
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board.close()
+        self._board = SummaryWriter(self._board_folder, purge_step=step + 1)
+        self._progress.update(self._task, completed=step)
+
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         if self.active:
@@ -96,10 +110,18 @@ class Recorder:
             self._line({"kind": "event", "step": step, "message": message, **details})
         self.say(message)
 
-    def say(self, message: str) -> None:
+    def alarm(self, alarm: Alarm) -> None:
+        """An event with `alarm`, its kind, `action`, what is done, and the values that raised it; printed loudly."""
+        if not self.active:
+            return
+        details = {"alarm": alarm.kind, "action": alarm.action, **alarm.values}
+        self._line({"kind": "event", "step": alarm.step, "message": alarm.message, **details})
+        self.say(f"ALARM: {alarm.message}", style="bold red")
+
+    def say(self, message: str, *, style: str | None = None) -> None:
         """Print above the progress bar."""
         if self.active:
-            self.console.print(message, highlight=False, soft_wrap=True)
+            self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -125,6 +147,8 @@ def describe(values: dict[str, float]) -> str:
     parts = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}"]
     if "gradient_norm" in values:
         parts.append(f"grad {values['gradient_norm']:.3g}")
+    if "first_layer_gradient_norm" in values:
+        parts.append(f"first layer {values['first_layer_gradient_norm']:.3g}")
     parts.append(f"{values['images_per_second']:.0f} img/s")
     parts.append(f"wait {100 * values['data_wait']:.0f} %")
     parts.append(f"MFU {100 * values['mfu']:.1f} %" if "mfu" in values else f"{values['gflops']:.0f} GFLOP/s")

@@ -18,9 +18,10 @@ from ..evaluate.knn import OnlineKNN
 from ..methods.base import Method, Schedule
 from ..models.vit import Block
 from . import checkpoint
-from .config import RunConfig
-from .ds import guarded_step, initialise, set_learning_rate
+from .config import RunConfig, TrainingError
+from .ds import Norm, Step, guarded_step, initialise, set_learning_rate
 from .ema import TeacherEMA, parameter_pairs, steppable
+from .guard import Alarm, Guard, dump_batch
 from .metrics import DeviceMeans, Recorder
 from .optimizers import TITLES, choose
 from .schedules import cosine_with_warmup
@@ -61,11 +62,13 @@ class Trainer:
         self.method = config.method.build()
         if config.train.init_from is not None:
             checkpoint.load_weights(self.method, config.train.init_from)
+        self.guard = self._guard()
         prepare_blocks(self.method, recompute=config.train.checkpoint_activations, compiled=config.train.compile)
         self.method.to(device).train()
         pairs = parameter_pairs(self.method)
         self.engine = initialise(self.method, config, world, steppable(pairs))
         self.ema = TeacherEMA(pairs, self.engine)
+        self.first_layer = self.method.first_layer() if config.guard.enabled else []
         torch.manual_seed(config.train.seed + 1 + rank)  # stochastic depth differs between ranks
         self.state = self._restore()
         self.loader = self._loader()
@@ -75,18 +78,22 @@ class Trainer:
         self.means = DeviceMeans()
         self.throughput = Throughput(device, world)
         self.knn = self._knn()
-        self._gradient_norm: Tensor | float | None = None
+        self._norms: dict[str, Norm] = {}
         self._stop_requested = False
         self._bad_files_counted = 0
         self._bad_files_told: set[str] = set()
 
     def run(self) -> RunResult:
-        """Train until the last step, or until SIGTERM or SIGINT has been answered with a checkpoint."""
+        """Train until the last step, or until SIGTERM or SIGINT has been answered with a checkpoint.
+
+        Raises:
+            TrainingError: the guard ended the run. The checkpoints that it left alone stay.
+        """
         started = time.perf_counter()
         handlers = {name: signal.signal(name, self._request_stop) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._describe()
-            batches = iter(self.loader)
+            batches = self._batches()
             self.throughput.read()
             while self.state.step < self.total_steps:
                 self._step(batches)
@@ -98,6 +105,15 @@ class Trainer:
             self.loader.close()
             self.recorder.close()
         return RunResult(self.method, self.state.step, self.total_steps, time.perf_counter() - started)
+
+    def _batches(self) -> Iterator[Batch]:
+        """The loader's batches, and those of the loader that takes its place after a return to a checkpoint."""
+        while True:
+            loader = self.loader
+            for batch in loader:
+                yield batch
+                if self.loader is not loader:
+                    break
 
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimiser step: all micro-batches of a global batch."""
@@ -112,25 +128,40 @@ class Trainer:
         set_learning_rate(self.engine, lr)
         momentum = self._ema_momentum()
         self.ema.prepare(momentum)
-        applied = False
+        taken: Step | None = None
+        seen: list[tuple[Tensor, Tensor]] = []
         for micro in range(self.accumulation):
             waiting = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waiting
             loss, metrics = self.engine(batch, self._schedule(step, micro))
             self.engine.backward(loss)
-            applied, norm = guarded_step(self.engine, config.optim)
+            taken = guarded_step(self.engine, config.optim, self.first_layer, self.guard.judge)
             self.means.add(metrics)
+            seen.append((batch.indices, loss.detach()))
             images = len(batch.indices)
             self.throughput.add(images, self.method.flops(images), waited)
-        self._gradient_norm = norm
-        if applied:
+        assert taken is not None, "DeepSpeed counts other micro-batches to a step than the loader"
+        if taken.applied:
             self.ema.update(momentum)
-        self.method.after_step(applied)
+        self.method.after_step(taken.applied)
         self.state.step += 1
-        if not applied:
-            self.state.skipped += 1
-            self.recorder.event(step + 1, f"step {step + 1} skipped: its gradient is not finite")
+        self._watch(taken, seen)
+
+    def _watch(self, taken: Step, seen: list[tuple[Tensor, Tensor]]) -> None:
+        """Show the guard the step just taken; write down the batch of one whose gradient is not finite."""
+        self._norms = {"gradient_norm": taken.norm}
+        if taken.first_norm is not None:
+            self._norms["first_layer_gradient_norm"] = taken.first_norm
+        step = self.state.step
+        self.guard.observe(step, taken)
+        if taken.applied:
+            return
+        self.state.skipped += 1
+        if not taken.held:
+            self.guard.nonfinite(
+                step, dump_batch(self.output, step, seen, self.source, rank=self.rank, world=self.world)
+            )
 
     def _schedule(self, step: int, micro: int = 0) -> Schedule:
         """Where a micro-batch of this rank stands."""
@@ -151,37 +182,101 @@ class Trainer:
         return self.method.ema_momentum(self._schedule(step), self._schedule(step + 1))
 
     def _after_step(self) -> bool:
-        """Log, evaluate, save, each when due. Returns whether to stop before the end."""
+        """Log, evaluate, save, each when due, unless the guard objects. Returns whether to stop before the end."""
         step, config = self.state.step, self.config
         last = step == self.total_steps
         stop = self._stop_requested and self.world == 1
-        if last or step % config.train.log_every == 0:
+        logging, saving = last or step % config.train.log_every == 0, last or self._due(config.train.save_every)
+        alarms: list[Alarm] = []
+        if logging:
             stop, bad_files = self._compare_notes()
-            self._log(bad_files)
+            alarms = self._log(bad_files)
         self.recorder.advance(step)
         stop = stop and not last
         with self.throughput.paused():
+            alarms = self.guard.review(step, read=logging or saving or stop) + alarms
+            if self._heed(alarms):
+                return False
             if self.knn is not None and not stop and (last or self._due(config.evaluate.knn_every)):
-                self.recorder.evaluation(step, self.knn(self.method))
-            if last or stop or self._due(config.train.save_every):
+                values = self.knn(self.method)
+                self.recorder.evaluation(step, values)
+                if self._heed(self.guard.after_evaluation(step, step / self.steps_per_epoch, values)):
+                    return False
+            if saving or stop:
+                self.state.guard = self.guard.state()
                 path = checkpoint.save(self.output, self.engine, self.state, config, dataset=self.source.fingerprint)
                 self.recorder.event(step, f"checkpoint {path}")
         if stop:
             self.recorder.event(step, f"stopped by a signal at step {step}; the same command continues from here")
         return stop
 
-    def _log(self, bad_files: int) -> None:
-        """Read the device once and write a line; name the files that could not be decoded since the last one."""
+    def _heed(self, alarms: list[Alarm]) -> bool:
+        """Tell what the guard has found and do what its alarms ask for. Returns whether the run went back.
+
+        Raises:
+            TrainingError: an alarm ends the run, or there is nothing to go back to.
+        """
+        for alarm in alarms:
+            self.recorder.alarm(alarm)
+        for alarm in alarms:
+            if alarm.action == "stop":
+                raise self._ended(alarm, f"guard.{alarm.kind} is {getattr(self.config.guard, alarm.kind)}")
+        back = [alarm for alarm in alarms if alarm.action == "rollback"]
+        if not back:
+            return False
+        self._go_back(min(back, key=lambda alarm: alarm.before))
+        return True
+
+    def _go_back(self, alarm: Alarm) -> None:
+        """Return to a checkpoint from before the trouble and pass over the batches since."""
+        step, limit = self.state.step, self.config.guard.max_rollbacks
+        if self.state.rollbacks >= limit:
+            raise self._ended(alarm, f"the run has gone back {self.state.rollbacks} times, guard.max_rollbacks")
+        dataset, before = self.source.fingerprint, alarm.before
+        state = checkpoint.go_back(self.output, self.engine, self.state, self.config, dataset=dataset, before=before)
+        if state is None:
+            raise self._ended(alarm, f"there is no checkpoint of step {before} or before to go back to")
+        self.state = state
+        self.guard.load(state.guard)
+        self.means, self._norms = DeviceMeans(), {}
+        self.loader.close()
+        self.loader = self._loader()
+        self.recorder.rewind(state.step)
+        passed = step - state.step
+        self.recorder.event(
+            state.step,
+            f"back from step {step} to {state.step}, return {state.rollbacks} of {limit}; {passed} batches passed over",
+            rollback_from=step,
+            data_shift=state.data_shift,
+        )
+
+    def _ended(self, alarm: Alarm, why: str) -> TrainingError:
+        """The error that ends the run, recorded."""
+        saved = checkpoint.checkpoints(self.output)
+        left = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+        message = f"stopped at step {self.state.step} ({why}): {alarm.message}; {left}"
+        self.recorder.event(self.state.step, message)
+        return TrainingError(message)
+
+    def _log(self, bad_files: int) -> list[Alarm]:
+        """Read the device and write a line; name the files that could not be decoded since the last one.
+
+        Returns:
+            What the guard says to the means.
+        """
         step = self.state.step
         values = self.means.read()
         values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
-        if self._gradient_norm is not None:
-            values["gradient_norm"] = float(self._gradient_norm)
+        values |= {name: float(norm) for name, norm in self._norms.items()}
         values |= self.throughput.read()
         values["epoch"] = step / self.steps_per_epoch
         values["skipped"] = self.state.skipped
         values["bad_files"] = bad_files
         self.recorder.train(step, values)
+        self._name_bad_files(bad_files)
+        return self.guard.after_logging(step, values["epoch"], values)
+
+    def _name_bad_files(self, bad_files: int) -> None:
         if bad_files == self._bad_files_counted:
             return
         self._bad_files_counted = bad_files
@@ -190,7 +285,7 @@ class Trainer:
         for name, reason in {name: reason for part in found for name, reason in part.items()}.items():
             if name not in self._bad_files_told:
                 self._bad_files_told.add(name)
-                self.recorder.event(step, f"cannot decode {name}: {reason}; another image takes its place")
+                self.recorder.event(self.state.step, f"cannot decode {name}: {reason}; another image takes its place")
 
     def _due(self, every_epochs: float) -> bool:
         """Whether an action of every so many epochs falls on this step."""
@@ -220,7 +315,18 @@ class Trainer:
             seed=config.train.seed,
             device=self.device,
             config=config.data,
-            start_step=self.state.step,
+            start_step=self.state.step + self.state.data_shift,
+        )
+
+    def _guard(self) -> Guard:
+        config = self.config
+        return Guard(
+            config.guard,
+            device=self.device,
+            world=self.world,
+            warmup_epochs=config.optim.warmup_epochs,
+            chance=self.method.chance_loss(config.train.micro_batch * self.world),
+            images=len(self.val) if self.val is not None else 0,
         )
 
     def _knn(self) -> OnlineKNN | None:
@@ -246,7 +352,9 @@ class Trainer:
         saved = checkpoint.checkpoints(self.output)
         if not saved or not self.config.train.resume:
             return checkpoint.TrainState()
-        return checkpoint.restore(saved[-1], self.engine, self.config, dataset=self.source.fingerprint)
+        state = checkpoint.restore(saved[-1], self.engine, self.config, dataset=self.source.fingerprint)
+        self.guard.load(state.guard)
+        return state
 
     def _describe(self) -> None:
         """Say what runs, before the first step."""

@@ -60,7 +60,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
         assert math.isnan(run["losses"][2])
         assert all(map(math.isfinite, run["losses"][3:]))
         assert run["skipped"] == [0, 0, 1, 1, 1, 1]
-        assert "step 3 skipped: its gradient is not finite" in run["events"]
+        assert any(event.startswith("step 3 skipped: its gradient is not finite") for event in run["events"])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
