@@ -69,7 +69,7 @@ class ViTConfig(BackboneConfig):
         """See `BackboneConfig.build`; only the convolutional stem has batch normalisation."""
         vit = VisionTransformer(self, mean=mean, std=std)
         for module in vit.patch_embed.modules():
-            if hasattr(module, 'groups_of_views'):
+            if hasattr(module, "groups_of_views"):
                 module.groups, module.sync = groups, sync
         return vit
 
@@ -89,8 +89,7 @@ class ViTConfig(BackboneConfig):
         tokens, width, ratio = 1 + length, self.width, self.mlp_ratio
         if self.stem == "conv":
             raise NotImplementedError
-        else:
-            embed = 2.0 * length * 3 * self.patch_size**2 * width
+        embed = 2.0 * length * 3 * self.patch_size**2 * width
         blocks = transformer_flops(tokens=tokens, width=width, depth=self.depth, mlp_ratio=ratio)
         unread = length * ((4 + 4 * ratio) * width**2 + 4 * tokens * width)  # of all tokens but one in the last block
         return embed + blocks - unread
@@ -130,9 +129,7 @@ def moco_vit(config: ViTConfig, *, heads: int | None = None, stem: Literal["patc
         stem: `conv` replaces the patch projection by convolutions, and one block with it.
     """
     depth = config.depth - 1 if stem == "conv" else config.depth
-    return replace(
-        config, heads=heads or config.heads, depth=depth, stem=stem, positions="sincos_rows", init="moco_v3"
-    )
+    return replace(config, heads=heads or config.heads, depth=depth, stem=stem, positions="sincos_rows", init="moco_v3")
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -319,24 +316,26 @@ class VisionTransformer(nn.Module):
             xavier_init_(self)
             nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, indices: Tensor | None = None, pool: bool = False) -> Tensor:
         """Encode images.
 
         Args:
             images: uint8 `[B, H, W, 3]` or `[B, 3, H, W]` (normalised on the way in), or normalised-range floats
                 as `vitrail.kernels.masked_patch_gather` takes them.
             indices: patches to see, row-major numbers `[B, V]`; None means all.
+            pool: return the class token alone; the last block then computes nothing for the others.
 
         Returns:
-            Tokens after the final norm, class token first: `[B, 1 + V, D]`.
+            Tokens after the final norm, class token first: `[B, 1 + V, D]`, or `[B, D]` with `pool`.
         """
-        x = self.embed(images, indices)
-        for block in self.blocks:
+        x = self._embed(images, indices)
+        for block in self.blocks[:-1]:
             x = run_block(block, x)
-        return self.norm(x)
+        first = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device) if pool else None
+        x = self.norm(run_block(self.blocks[-1], x, rows=first))
+        return x[:, 0] if pool else x
 
-    def embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
-        """Tokens before the first block, with their positions; takes what `forward` takes."""
+    def _embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
         x = self.patch_embed(images) if indices is None else self.patch_embed(images, indices)
         positions = self.pos_embed[0, self.num_prefix :]
         x = x + (positions if indices is None else F.embedding(indices, positions))
@@ -344,12 +343,8 @@ class VisionTransformer(nn.Module):
         return torch.cat([prefix, x], dim=1)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The class token after the final norm, `[B, D]`; the last block computes nothing for the other tokens."""
-        x = self.embed(images)
-        for block in self.blocks[:-1]:
-            x = run_block(block, x)
-        first = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
-        return self.norm(run_block(self.blocks[-1], x, rows=first))[:, 0]
+        """The class token after the final norm, `[B, D]`."""
+        return self(images, None, True)  # a call, so that ZeRO-3 finds the class token and the positions gathered
 
     def first_layer(self) -> list[nn.Parameter]:
         """Parameters of the patch projection, or of the stem's first convolution."""
