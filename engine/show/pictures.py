@@ -1,4 +1,4 @@
-"""Pictures of a run: what the autoencoder paints, and its curves."""
+"""Pictures of a run: what the autoencoder paints, and its curves with their alarms."""
 
 from __future__ import annotations
 
@@ -51,22 +51,53 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return sorted(latest.values(), key=lambda record: record["step"])
 
 
+def read_alarms(path: Path) -> list[tuple[int, str]]:
+    """Step and kind of the alarms in a run's `metrics.jsonl`, each once."""
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return sorted({(r["step"], r["alarm"]) for r in records if "alarm" in r and r["action"] != "over"})
+
+
+# Panels of the curves: kind of record, quantities that share an axis, whether it is logarithmic.
+PANELS = (
+    ("train", ("loss",), False),
+    ("train", ("lr",), False),
+    ("train", ("gradient_norm", "first_layer_gradient_norm"), True),
+    ("evaluation", ("knn",), False),
+    ("evaluation", ("rankme",), False),
+)
+ALARM_COLOURS = {"spike": "tab:red", "dip": "tab:purple", "collapse": "black", "nonfinite": "tab:gray"}
+
+
 def draw_curves(metrics: Path, path: Path) -> None:
-    """Save loss, learning rate, gradient norm and nearest-neighbour accuracy against the step.
+    """Save loss, learning rate, gradient norms, nearest-neighbour accuracy and rank of the features by step.
+
+    What was not measured has no panel. Alarms are dashed vertical lines, in one colour for each kind.
 
     Args:
         metrics: a run's `metrics.jsonl`.
         path: the PNG to write.
     """
-    records = read_metrics(metrics)
-    panels = [("train", "loss"), ("train", "lr"), ("train", "gradient_norm"), ("evaluation", "knn")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8))
-    for axis, (kind, name) in zip(axes, panels, strict=True):
-        points = [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r]
-        axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o" if len(points) < 20 else None)
-        axis.set_title(name.replace("_", " "), fontsize=10)
+    records, alarms = read_metrics(metrics), read_alarms(metrics)
+    panels = [panel for panel in PANELS if any(r["kind"] == panel[0] and panel[1][0] in r for r in records)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
+    for axis, (kind, names, logarithmic) in zip(axes[0], panels, strict=True):
+        for name in names:
+            points = [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r]
+            if points:
+                label, marker = name.replace("_", " "), "o" if len(points) < 20 else None
+                axis.plot(*zip(*points, strict=True), marker=marker, label=label)
+        if logarithmic:
+            axis.set_yscale("log")
+            axis.legend(fontsize=7)
+        for step, alarm in alarms:
+            axis.axvline(step, color=ALARM_COLOURS[alarm], linestyle="--", linewidth=0.8)
+        axis.set_title(names[0].replace("_", " "), fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+    told = sorted({alarm for _, alarm in alarms})
+    if told:
+        lines = [plt.Line2D([], [], color=ALARM_COLOURS[alarm], linestyle="--") for alarm in told]
+        axes[0, 0].legend(lines, told, fontsize=7, title="alarms", title_fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -25,7 +25,7 @@ from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import ConfigError, RunConfig
+from .config import ConfigError, RunConfig, TrainingError
 from .optimizers import choose
 
 PREFIX = "step_"
@@ -142,20 +142,36 @@ def restore(path: Path, engine: DeepSpeedEngine, config: RunConfig, *, dataset: 
 
 
 def go_back(
-    output: Path, engine: DeepSpeedEngine, state: TrainState, config: RunConfig, *, dataset: str, before: int
-) -> TrainState | None:
+    output: Path, engine: DeepSpeedEngine, state: TrainState, config: RunConfig, *, dataset: str, before: int, why: str
+) -> TrainState:
     """Return to the newest checkpoint of step `before` or an older one, and delete those after it. Collective.
 
     The batches since that checkpoint will be passed over, or the same ones would lead to the same trouble: the state
     is written with their number into the checkpoint, so that whoever resumes from it passes over them as well.
 
+    Args:
+        output: the run's folder.
+        engine: what is restored.
+        state: where the run stands.
+        config: the run.
+        dataset: fingerprint of the training images.
+        before: newest step that is from before the trouble.
+        why: what the trouble is.
+
     Returns:
-        The state to go on from; None, and nothing was done, if there is no such checkpoint.
+        The state to go on from.
+
+    Raises:
+        TrainingError: there is no such checkpoint; nothing was done.
     """
     saved = checkpoints(output)
     fitting = [path for path in saved if step_of(path) <= before]
     if not fitting:
-        return None
+        there = ", ".join(str(step_of(path)) for path in saved) or "none"
+        raise TrainingError(
+            f"{why}; there is no checkpoint of step {before} or before to go back to (there are: {there}); "
+            "save more often with train.save_every, or keep more with train.keep"
+        )
     path = fitting[-1]
     torch.distributed.barrier()  # all ranks have looked before rank 0 deletes
     restored = restore(path, engine, config, dataset=dataset)

@@ -18,7 +18,7 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that the guard has ended, told in one line: what went wrong, and which checkpoint is left."""
+    """A run that the guard has ended, told in one line; its checkpoints from before the trouble are left."""
 
 
 @dataclass(kw_only=True)

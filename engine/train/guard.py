@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..data import Source
-from .config import ConfigError, GuardConfig
+from .config import ConfigError, GuardConfig, TrainingError
 from .ds import Judge, Norm, Step
 from .spikes import Spike, SpikeDetector, is_dip
 
@@ -167,6 +167,31 @@ class Guard:
                 self._note(past, self._feed(values))
         alarms, self._alarms = self._alarms, []
         return alarms
+
+    def verdict(self, alarms: Sequence[Alarm], *, rollbacks: int) -> Alarm | None:
+        """What is to follow: nothing, or a return to a checkpoint from before the earliest trouble.
+
+        Args:
+            alarms: what was found.
+            rollbacks: returns so far.
+
+        Returns:
+            The alarm to go back for, None to go on.
+
+        Raises:
+            TrainingError: the run is to end.
+        """
+        for alarm in alarms:
+            if alarm.action == "stop":
+                policy = f"guard.{alarm.kind} is {getattr(self.config, alarm.kind)}"
+                raise TrainingError(f"{alarm.message} ({policy})")
+        back = [alarm for alarm in alarms if alarm.action == "rollback"]
+        if not back:
+            return None
+        cause = min(back, key=lambda alarm: alarm.before)
+        if rollbacks >= self.config.max_rollbacks:
+            raise TrainingError(f"{cause.message} (gone back {rollbacks} times, the limit is guard.max_rollbacks)")
+        return cause
 
     def after_logging(self, step: int, epoch: float, values: dict[str, float]) -> list[Alarm]:
         """Look at the means of a logging interval: a loss that knows nothing, embeddings that are all alike.

@@ -218,45 +218,39 @@ class Trainer:
         """
         for alarm in alarms:
             self.recorder.alarm(alarm)
-        for alarm in alarms:
-            if alarm.action == "stop":
-                raise self._ended(alarm, f"guard.{alarm.kind} is {getattr(self.config.guard, alarm.kind)}")
-        back = [alarm for alarm in alarms if alarm.action == "rollback"]
-        if not back:
-            return False
-        self._go_back(min(back, key=lambda alarm: alarm.before))
-        return True
+        try:
+            cause = self.guard.verdict(alarms, rollbacks=self.state.rollbacks)
+            if cause is not None:
+                self._go_back(cause)
+        except TrainingError as error:
+            self.recorder.event(self.state.step, f"stopped at step {self.state.step}: {error}")
+            raise
+        return cause is not None
 
-    def _go_back(self, alarm: Alarm) -> None:
-        """Return to a checkpoint from before the trouble and pass over the batches since."""
-        step, limit = self.state.step, self.config.guard.max_rollbacks
-        if self.state.rollbacks >= limit:
-            raise self._ended(alarm, f"the run has gone back {self.state.rollbacks} times, guard.max_rollbacks")
-        dataset, before = self.source.fingerprint, alarm.before
-        state = checkpoint.go_back(self.output, self.engine, self.state, self.config, dataset=dataset, before=before)
-        if state is None:
-            raise self._ended(alarm, f"there is no checkpoint of step {before} or before to go back to")
-        self.state = state
-        self.guard.load(state.guard)
+    def _go_back(self, cause: Alarm) -> None:
+        """Return to the newest checkpoint from before the trouble and pass over the batches since."""
+        step = self.state.step
+        self.state = checkpoint.go_back(
+            self.output,
+            self.engine,
+            self.state,
+            self.config,
+            dataset=self.source.fingerprint,
+            before=cause.before,
+            why=cause.message,
+        )
+        self.guard.load(self.state.guard)
         self.means, self._norms = DeviceMeans(), {}
         self.loader.close()
         self.loader = self._loader()
-        self.recorder.rewind(state.step)
-        passed = step - state.step
+        self.recorder.rewind(self.state.step)
         self.recorder.event(
-            state.step,
-            f"back from step {step} to {state.step}, return {state.rollbacks} of {limit}; {passed} batches passed over",
+            self.state.step,
+            f"went back from step {step} to {self.state.step} ({self.state.rollbacks} of "
+            f"{self.config.guard.max_rollbacks} times), passing over {step - self.state.step} batches",
             rollback_from=step,
-            data_shift=state.data_shift,
+            data_shift=self.state.data_shift,
         )
-
-    def _ended(self, alarm: Alarm, why: str) -> TrainingError:
-        """The error that ends the run, recorded."""
-        saved = checkpoint.checkpoints(self.output)
-        left = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
-        message = f"stopped at step {self.state.step} ({why}): {alarm.message}; {left}"
-        self.recorder.event(self.state.step, message)
-        return TrainingError(message)
 
     def _log(self, bad_files: int) -> list[Alarm]:
         """Read the device and write a line; name the files that could not be decoded since the last one.
