@@ -43,6 +43,9 @@ Node: TypeAlias = Any
 
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
+# Added before rounding, it truncates, as Pillow does. A little less than half, since float32 may miss a whole number.
+_TRUNCATE = -0.499
+
 
 @singledispatch
 def lower(op: Op, images: Node, params: Node) -> Node:
@@ -120,45 +123,44 @@ def _rounded(images: Node, shift: float = 0.0) -> Node:
 
 
 def _blend(flat: Node, images: Node, factor: Node) -> Node:
-    """Scale the distance of all values from `flat`."""
-    # Pillow truncates. A little less than half keeps whole numbers, which float32 may miss, what they are.
-    return _rounded(flat * _beside(1 - factor, images) + images * _beside(factor, images), -0.499)
+    """Scale the distance of all values from `flat`, float32."""
+    return _rounded((images - flat) * _beside(factor, images) + flat, _TRUNCATE)
 
 
 def _brightness(images: Node, factor: Node) -> Node:
-    return fn.brightness_contrast(images, brightness=factor, brightness_shift=-0.499 / 255)
+    return fn.brightness_contrast(images, brightness=factor, brightness_shift=_TRUNCATE / 255)
 
 
 def _contrast(images: Node, factor: Node) -> Node:
     # The operator's own contrast_center is an argument, and arguments of GPU operators must be on the CPU.
-    mean = math.floor(fn.reductions.mean(_luma(images)) + 0.5)
-    return _blend(mean, images, factor)
+    return _blend(math.floor(fn.reductions.mean(_luma(images)) + 0.5), images, factor)
 
 
 def _saturation(images: Node, factor: Node) -> Node:
-    return _blend(_grey(images), images, factor)
+    return _blend(_luma(images) * 1.0, images, factor)
 
 
-def _hue(images: Node, turn: Node) -> Node:
+def _hue(images: Node, ahead: Node) -> Node:
     """Turn the hexagon of colours, whose corners red, yellow, green, cyan, blue, magenta are at 0, 1, 2, 3, -2, -1.
 
-    With the largest and the smallest channel at V and m, a channel at distance d from a colour's place on the hexagon
-    holds m + (V - m) * clamp(2 - d, 0, 1).
+    With the largest and the smallest channel at V and m, a channel holds m + (V - m) * clamp(2 - d, 0, 1) at distance d
+    from its own corner. `ahead` are the turn's ends as seen from the three corners, from -3 to 3.
     """
     red, green, blue = (images[:, :, channel : channel + 1] for channel in range(3))
     low = math.min(math.min(red, green), blue)
     chroma = math.max(math.max(red, green), blue) - low
-    green, blue = fn.cast(green, dtype=types.FLOAT), fn.cast(blue, dtype=types.FLOAT)
-    from_red = 1 + (green + blue - red - low) / math.max(chroma, np.uint8(1))
-    place = from_red * math.clamp(2 * (green - blue) + 1, -1.0, 1.0)
-    # Pillow keeps the hue as a truncated byte, half a step low in the mean, and torchvision turns it by whole steps.
+    from_red = (green * 1.0 + blue - red - low) / math.max(chroma, np.uint8(1)) + 1
+    place = from_red * ((green >= blue) * 2.0 - 1)
+    near = math.abs(3 - math.abs(place + _beside(ahead, images)))  # 3 - d, as neither term exceeds 3
+    return _rounded(math.clamp(near - 1, 0.0, 1.0) * chroma + low)
+
+
+def _ahead(turn: Node) -> Node:
+    # torchvision turns Pillow's hue, a byte, by whole steps. The byte was truncated: half a step low in the mean.
     steps = math.floor(math.max(turn * 255, 0.0)) + math.ceil(math.min(turn * 255, 0.0)) - 0.5
     ahead = steps * (6 / 255)
     ahead = fn.stack(ahead, ahead - 2, ahead + 2)
-    ahead = ahead - 6 * math.floor((ahead + 3) / 6)
-    # Both terms lie within half a turn, so 3 - |3 - |sum|| is the distance from red, green and blue.
-    near = math.abs(3 - math.abs(place + _beside(ahead, images)))
-    return _rounded(low + chroma * math.clamp(near - 1, 0.0, 1.0))
+    return ahead - 6 * math.floor((ahead + 3) / 6)
 
 
 _ADJUST = (_brightness, _contrast, _saturation, _hue)  # in the order of `ADJUSTMENTS`
@@ -166,10 +168,11 @@ _ADJUST = (_brightness, _contrast, _saturation, _hue)  # in the order of `ADJUST
 
 @lower.register
 def _(op: ColorJitter, images: Node, params: Node) -> Node:
+    numbers = [params[4], params[5], params[6], _ahead(params[7])]
     for stage in range(4):
-        drawn, factor = params[stage], params[4 + stage]
+        drawn = params[stage]
         for which, adjust in enumerate(_ADJUST):
-            images = _where(drawn == which, adjust, images, factor)
+            images = _where(drawn == which, adjust, images, numbers[which])
     return images
 
 

@@ -118,9 +118,9 @@ _ADJUST = (_brightness, _contrast, _saturation, _hue)  # in the order of `ADJUST
 @apply.register
 def _(op: ColorJitter, image: Image.Image, params: Params) -> Image.Image:
     numbers = params.tolist()
-    for which, factor in zip(numbers[:4], numbers[4:], strict=True):
+    for which in map(int, numbers[:4]):
         if which >= 0:
-            image = _ADJUST[int(which)](image, factor)
+            image = _ADJUST[which](image, numbers[4 + which])
     return image
 
 

@@ -128,18 +128,17 @@ class ColorJitter:
     """Largest turn of the colour wheel in full turns, at most 0.5."""
 
     def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
-        """Draw the four adjustments in order (places in `ADJUSTMENTS`), then their factors; the hue's is its turn."""
+        """Draw the order, four places in `ADJUSTMENTS`, then the four factors in the order of `ADJUSTMENTS`."""
         chance, *numbers = rng.random(9).tolist()
         if chance >= self.p:
-            return np.array((-1, -1, -1, -1, 1, 1, 1, 1), np.float32)
+            return np.array((-1, -1, -1, -1, 1, 1, 1, 0), np.float32)
         ranges = [(max(0.0, 1 - x), 1 + x) for x in (self.brightness, self.contrast, self.saturation)]
         ranges.append((-self.hue, self.hue))
-        stages, factors = [-1] * 4, [1.0] * 4
-        for stage, which in enumerate(sorted(range(4), key=numbers.__getitem__)):
-            low, high = ranges[which]
-            if low < high:
-                stages[stage], factors[stage] = which, low + numbers[4 + which] * (high - low)
-        return np.array((*stages, *factors), np.float32)
+        order = [
+            which if ranges[which][0] < ranges[which][1] else -1 for which in sorted(range(4), key=numbers.__getitem__)
+        ]
+        factors = [low + number * (high - low) for (low, high), number in zip(ranges, numbers[4:], strict=True)]
+        return np.array((*order, *factors), np.float32)
 
     def output_size(self, size: ImageSize) -> ImageSize:
         """Unchanged."""
