@@ -165,5 +165,6 @@ def spread(embeddings: Tensor) -> Tensor:
 
 
 def cosine(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean cosine of `[N, d]` predictions and targets that get no gradient, in float32."""
-    return F.cosine_similarity(predicted.float(), target.detach().float(), dim=1).mean()
+    """Mean cosine of `[N, d]` predictions and targets that get no gradient, in float32 at least."""
+    dtype = torch.promote_types(predicted.dtype, torch.float32)
+    return F.cosine_similarity(predicted.to(dtype), target.detach().to(dtype), dim=1).mean()

@@ -109,7 +109,7 @@ class MoCoV2(Taught):
         with torch.no_grad():
             keys = self.momentum_projector(encoded.teacher[0])
         loss = info_nce_loss(queries, keys, self.config.temperature, queue=self.queue)
-        self._keys.append(F.normalize(keys.float(), dim=1))
+        self._keys.append(F.normalize(keys.to(self.queue.dtype), dim=1))
         return loss, {"loss": loss.detach(), "feature_std": spread(queries)}
 
     @torch.no_grad()

@@ -105,7 +105,8 @@ class ResNet(nn.Module):
             ValueError: a residual network has no patch projection.
         """
         raise ValueError(
-            f"{self.config.architecture} has no patch projection to freeze: use a vision transformer, or train it all"
+            f"freeze_patch_embed is on, but {self.config.architecture} has no patch projection: "
+            "pass --no-method.freeze-patch-embed"
         )
 
 

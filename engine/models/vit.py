@@ -14,6 +14,8 @@ from vitrail.kernels import MaskedPatchEmbed
 
 from .attention import Attention, AttentionBackend, QKVLinear
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
+from .batch_norm import BatchNorm
+from .conv_stem import ConvStem, stem_flops
 from .positions import sincos_positions
 
 NORM_EPS = 1e-6  # of every LayerNorm (official MAE, MoCo v3 and DINO code)
@@ -69,7 +71,7 @@ class ViTConfig(BackboneConfig):
         """See `BackboneConfig.build`; only the convolutional stem has batch normalisation."""
         vit = VisionTransformer(self, mean=mean, std=std)
         for module in vit.patch_embed.modules():
-            if hasattr(module, "groups_of_views"):
+            if isinstance(module, BatchNorm):
                 module.groups, module.sync = groups, sync
         return vit
 
@@ -88,8 +90,9 @@ class ViTConfig(BackboneConfig):
         length = self.grid[0] * self.grid[1]
         tokens, width, ratio = 1 + length, self.width, self.mlp_ratio
         if self.stem == "conv":
-            raise NotImplementedError
-        embed = 2.0 * length * 3 * self.patch_size**2 * width
+            embed = stem_flops(self.size, self.patch_size, width)
+        else:
+            embed = 2.0 * length * 3 * self.patch_size**2 * width
         blocks = transformer_flops(tokens=tokens, width=width, depth=self.depth, mlp_ratio=ratio)
         unread = length * ((4 + 4 * ratio) * width**2 + 4 * tokens * width)  # of all tokens but one in the last block
         return embed + blocks - unread
@@ -297,7 +300,8 @@ class VisionTransformer(nn.Module):
         self.grid = config.grid
         self.length = self.grid[0] * self.grid[1]
         self.width = config.width
-        self.patch_embed = MaskedPatchEmbed(
+        stem = ConvStem if config.stem == "conv" else MaskedPatchEmbed
+        self.patch_embed: ConvStem | MaskedPatchEmbed = stem(
             image_size=config.size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
