@@ -14,8 +14,17 @@ from torch import nn
 from vitrail.engine.train import ConfigError, OptimConfig
 from vitrail.engine.train import optimizers as choice
 from vitrail.engine.train.ds import _guard, deepspeed_config
+from vitrail.kernels import multi_tensor_norm
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def guarded(built, optim):
+    """Tell an optimiser what the norms of its gradients demand, as a step of stage 0 does; return the norms."""
+    gradients = [p.grad for group in built.param_groups for p in group["params"]]
+    norms = multi_tensor_norm(gradients)
+    _guard(built, optim, gradients, norms, norms.found_inf)
+    return norms
 
 
 def configured(tmp_path, stage, **optim):
@@ -126,12 +135,12 @@ def test_foreign_optimisers_are_clipped_and_held_back(monkeypatch, implementatio
     built.param_groups[0]["lr"] = 1.0
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, math.nan)
-    assert _guard(built, optim).found_inf == 1
+    assert guarded(built, optim).found_inf == 1
     built.step()
     assert not any(parameter.any() for parameter in parameters)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    _guard(built, optim)
+    guarded(built, optim)
     built.step()
     norms = [2.0, 3.0] if per_tensor else [13**0.5] * 2
     for parameter, norm in zip(parameters, norms, strict=True):
@@ -208,7 +217,7 @@ def test_torchs_optimiser_is_told_to_clip(name, clip, per_tensor):
     gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) for p in params]
     for parameter, gradient in zip(params, gradients, strict=True):
         parameter.grad = gradient.clone()
-    norms = _guard(built, OptimConfig(clip=clip, clip_per_tensor=per_tensor))
+    norms = guarded(built, OptimConfig(clip=clip, clip_per_tensor=per_tensor))
     common = torch.cat(gradients).double().norm().item()
     assert (norms.total.item(), norms.found_inf.item()) == (pytest.approx(common), 0.0)
     assert (built.found_inf if name == "adamw" else built.held_back).item() == 0.0
@@ -225,11 +234,11 @@ def test_torchs_optimiser_is_told_not_to_step(bad):
     built = choice.build("torch", OptimConfig(weight_decay=0.5, clip=1.0), [{"params": [parameter]}], {})
     built.param_groups[0]["lr"] = 1.0
     parameter.grad = torch.tensor([1.0, bad, 0.0, 0.0])
-    assert _guard(built, OptimConfig(clip=1.0)).found_inf.item() == 1.0
+    assert guarded(built, OptimConfig(clip=1.0)).found_inf.item() == 1.0
     built.step()
     assert torch.equal(parameter, torch.ones(4))
     parameter.grad = torch.ones(4)
-    _guard(built, OptimConfig(clip=1.0))
+    guarded(built, OptimConfig(clip=1.0))
     built.step()
     assert (parameter < 1).all()
 
@@ -252,7 +261,7 @@ def test_sgd_passes_over_a_step_with_its_momentum(bad_step):
             velocity = 0.9 * velocity + gradient.double() + 0.25 * expected
             expected = expected - 0.5 * velocity
         before = parameter.detach().clone()
-        _guard(built, optim)
+        guarded(built, optim)
         built.step()
         assert torch.equal(parameter, before) == (step == bad_step)
         assert bool(built.state[parameter]) == (step > 0 or bad_step > 0)
