@@ -87,18 +87,13 @@ def _grey(image: Image.Image) -> Image.Image:
     return image.convert("L").convert("RGB")
 
 
-def _from_flat(image: Image.Image, value: int, factor: float) -> Image.Image:
-    """Scale the distance of all values from `value`, with a table made by `Image.blend`: faster than a second image."""
-    table = Image.blend(Image.new("L", (256, 1), value), Image.frombytes("L", (256, 1), _RAMP), factor)
-    return image.point(table.tobytes() * 3)
-
-
 def _brightness(image: Image.Image, factor: float) -> Image.Image:
-    return _from_flat(image, 0, factor)
+    return Image.blend(Image.new("RGB", image.size), image, factor)
 
 
 def _contrast(image: Image.Image, factor: float) -> Image.Image:
-    return _from_flat(image, int(np.asarray(image.convert("L")).mean() + 0.5), factor)
+    mean = int(np.asarray(image.convert("L")).mean() + 0.5)
+    return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
 
 
 def _saturation(image: Image.Image, factor: float) -> Image.Image:
