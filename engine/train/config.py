@@ -137,7 +137,7 @@ class GuardConfig:
     ratio: float = 3.0
     """and the median norm by this factor."""
     drop: float = 0.02
-    """A dip is at least so far below the best accuracy, and outside the error of the validation split (3 sigma)."""
+    """A dip is more than this below the best accuracy, and their 3-sigma intervals on that split do not touch."""
     intervals: int = 10
     """Logging intervals in a row, after the warm-up, that make a collapse of the loss or of feature_std."""
     min_feature_std: float = 0.05

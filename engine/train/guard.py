@@ -59,8 +59,8 @@ class Alarm:
 class GuardState:
     """What the guard remembers, apart from the detectors' windows."""
 
-    row: list[float] = field(default_factory=list)
-    """First and last step of a row of neighbouring spikes, their number and the largest norm; empty between rows."""
+    row: tuple[int, int, int, float] | None = None
+    """First and last step of a row of neighbouring spikes, their number and their largest ratio to the median."""
     nonfinite: int = 0
     """Steps in a row, up to now, whose gradients were not finite."""
     near_chance: int = 0
@@ -252,22 +252,22 @@ class Guard:
     def _note(self, step: int, found: dict[str, Spike]) -> None:
         """Raise an alarm for the first of neighbouring spikes, and count the others."""
         row = self._memory.row
-        if row and step - row[1] > QUIET:
+        if row is not None and step - row[1] > QUIET:
             first, last, count, largest = row
-            self._memory.row = row = []
+            self._memory.row = row = None
             if count > 1:
                 message = (
-                    f"the spike of step {first:.0f} had {count:.0f} steps, until {last:.0f}, of up to {largest:.3g}"
+                    f"the spike of step {first} had {count} steps, the last {last}, of up to {largest:.3g} x the median"
                 )
-                values = {"first": int(first), "last": int(last), "count": int(count), "largest": largest}
+                values = {"first": first, "last": last, "count": count, "largest_ratio": largest}
                 self._alarms.append(Alarm("spike", step, message, "over", values=values))
         if not found:
             return
         name, spike = max(found.items(), key=lambda item: item[1].deviations)
-        if row:
-            self._memory.row = [row[0], step, row[2] + 1, max(row[3], spike.value)]
+        if row is not None:
+            self._memory.row = (row[0], step, row[2] + 1, max(row[3], spike.ratio))
             return
-        self._memory.row = [step, step, 1, spike.value]
+        self._memory.row = (step, step, 1, spike.ratio)
         message = (
             f"spike at step {step}: {name.replace('_', ' ')} {spike.value:.3g}, median {spike.median:.3g} "
             f"({spike.deviations:.0f} deviations)"

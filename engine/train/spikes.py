@@ -25,6 +25,11 @@ class Spike:
     deviations: float
     """Robust standard deviations of the log-norm above the median's."""
 
+    @property
+    def ratio(self) -> float:
+        """The norm in units of the median."""
+        return self.value / self.median
+
 
 class SpikeDetector:
     """Compares each norm with a window of those before it.
@@ -68,8 +73,8 @@ class SpikeDetector:
 def is_dip(accuracy: float, best: float, *, images: int, drop: float) -> bool:
     """Whether an accuracy is below the best one by more than `drop`, and by more than chance explains.
 
-    Chance: three standard deviations of the difference of two binomial shares of `images` images. Both are shares of
-    the same images, whose errors agree in part, so this asks for more than it would have to.
+    Chance: the intervals of three binomial standard errors around both, shares of `images` images, do not touch. That
+    asks for more than a single comparison would have to, because the best of many evaluations is a lucky one.
     """
-    variance = (best * (1 - best) + accuracy * (1 - accuracy)) / images
-    return best - accuracy > max(drop, 3 * math.sqrt(variance))
+    errors = [math.sqrt(share * (1 - share) / images) for share in (best, accuracy)]
+    return best - accuracy > max(drop, 3 * sum(errors))

@@ -14,7 +14,7 @@ from training import IMAGES, Twice, TwiceConfig, tiny_config
 from vitrail.engine.methods.base import Schedule
 from vitrail.engine.train import GuardConfig, RunConfig, TrainingError
 
-STEPS = 10
+STEPS = 9
 SPIKE = 6  # the batch, counted from 0, whose loss is too large
 COLLAPSE = 4  # the step, counted from 0, from which on embeddings are reported to be alike
 
@@ -51,6 +51,7 @@ class Troubled(Twice):
             loss = loss * 1e4
         if schedule.step in self.trouble.nonfinite and torch.distributed.get_rank() == 1:
             loss = loss * math.inf
+        metrics["loss"] = loss.detach()
         if self.trouble.collapse:
             metrics["feature_std"] = torch.tensor(0.01 if schedule.step >= COLLAPSE else 0.9)
         return loss, metrics
@@ -61,55 +62,57 @@ class Troubled(Twice):
 
 
 def troubled_config(
-    output: Path, *, guard: dict[str, Any], trouble: dict[str, Any], implementation: str = "auto", **train: Any
+    output: Path,
+    *,
+    guard: dict[str, Any],
+    trouble: dict[str, Any],
+    saving: int = 100,
+    implementation: str = "auto",
+    **train: Any,
 ) -> RunConfig:
-    """Ten steps of 16 images in two micro-batches on two ranks, in fp32; a checkpoint after every second."""
+    """Nine steps of 16 images in two micro-batches on two ranks, in fp32; a checkpoint every `saving` steps."""
     epoch = IMAGES // 16
-    settings = {"epochs": STEPS / epoch, "micro_batch": 4, "save_every": 2 / epoch, "precision": "fp32", **train}
+    settings = {"epochs": STEPS / epoch, "micro_batch": 4, "save_every": saving / epoch, "precision": "fp32", **train}
     config = tiny_config(output, **settings)
     method = TroubledConfig(**{**vars(config.method), **trouble})
     optim = replace(config.optim, implementation=implementation)
     return replace(config, method=method, optim=optim, guard=GuardConfig(history=4, **guard))
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 # --- what runs inside the processes ---------------------------------------------------------------------------------
 
 
 def digest(trainer: Any) -> str:
-    """Hash of this rank's weights, buffers and moments, to the last bit."""
+    """Hash of the weights, buffers and moments of all ranks, to the last bit."""
     from vitrail.engine.train.checkpoint import whole_state
 
     stage = trainer.config.train.zero_stage
-    found = hashlib.sha256()
+    mine = hashlib.sha256()
     for value in whole_state(trainer.method, sharded=stage == 3).values():
-        found.update(value.contiguous().numpy().tobytes())
+        mine.update(value.contiguous().numpy().tobytes())
     optimizer = trainer.engine.optimizer
     for state in (optimizer.optimizer if stage else optimizer).state.values():
         for name in ("exp_avg", "exp_avg_sq"):
             if name in state:
-                found.update(state[name].numpy().tobytes())
-    return found.hexdigest()
+                mine.update(state[name].numpy().tobytes())
+    found = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine.hexdigest())
+    return " ".join(found)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Train; report states after each step and after each return to a checkpoint, batches, alarms, checkpoints."""
+    """Train; report the state after each step and after each return to a checkpoint, and what is left behind."""
     report: dict[str, Any] = {"digests": {}, "back": [], "error": None}
     trainers = []
 
     def before(trainer: Any) -> None:
         trainers.append(trainer)
-        report["digests"][trainer.state.step] = digest(trainer)
         plain = trainer._go_back
 
-        def go_back(alarm: Any) -> None:
-            plain(alarm)
+        def go_back(cause: Any) -> None:
+            plain(cause)
             report["back"].append([trainer.state.step, digest(trainer)])
-            report["amended"] = json.loads(newest(config).joinpath("state.json").read_text())
+            report["amended"] = state_of(config)
 
         trainer._go_back = go_back
 
@@ -123,41 +126,41 @@ def run(config: RunConfig) -> dict[str, Any]:
     method = trainers[0].method
     report |= {"batches": method.batches, "applied": method.applied, "count": method.count.item()}
     torch.distributed.barrier()
-    report["saved"] = [int(path.name[-8:]) for path in sorted((config.train.output / "checkpoints").glob("*"))]
     if torch.distributed.get_rank() == 0:
-        report["lines"] = read(config.train.output / "metrics.jsonl")
+        output = config.train.output
+        report["saved"] = [int(path.name[-8:]) for path in sorted((output / "checkpoints").glob("*"))]
+        report["lines"] = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        report["dumps"] = {path.name: json.loads(path.read_text()) for path in (output / "nonfinite").glob("*")}
     return report
 
 
-def newest(config: RunConfig) -> Path:
-    """The newest checkpoint of a run."""
-    return max((config.train.output / "checkpoints").glob("step_*"))
+def state_of(config: RunConfig) -> dict[str, Any]:
+    """What the newest checkpoint says of the run's position and of the guard."""
+    newest = max((config.train.output / "checkpoints").glob("step_*"))
+    found: dict[str, Any] = json.loads((newest / "state.json").read_text())
+    return {name: found[name] for name in ("step", "data_shift", "rollbacks", "guard")}
 
 
 def everything(scratch: Path) -> Any:
-    """A spike under every stage and policy, and one run for each other kind of trouble."""
-    report: dict[str, Any] = {}
-    spike = {"spike": SPIKE}
+    """A spike under every stage and under every policy, and one run for each other kind of trouble."""
+    spike: dict[str, Any] = {"trouble": {"spike": SPIKE}}
+    skip, rollback = {"guard": {"spike": "skip"}, **spike}, {"guard": {"spike": "rollback"}, **spike}
+    runs: dict[str, dict[str, Any]] = {
+        "warn": {"guard": {"spike": "warn"}, **spike},
+        "stop": {"guard": {"spike": "stop"}, "saving": 3, **spike},
+        "torch": {"zero_stage": 0, "implementation": "torch", **skip},
+        "collapse": {
+            "guard": {"collapse": "rollback", "intervals": 3, "max_rollbacks": 1},
+            "trouble": {"collapse": True},
+            "saving": 2,
+            "keep": 5,
+        },
+        "nonfinite": {"guard": {"max_nonfinite": 2}, "trouble": {"nonfinite": (2, 4, 5)}},
+    }
     for stage in range(4):
-        for policy in ("warn", "skip", "rollback", "stop"):
-            name = f"{policy}{stage}"
-            log_every = 3 if policy == "rollback" else 1
-            config = troubled_config(
-                scratch / name, guard={"spike": policy}, trouble=spike, zero_stage=stage, log_every=log_every
-            )
-            report[name] = run(config)
-    config = troubled_config(
-        scratch / "torch", guard={"spike": "skip"}, trouble=spike, implementation="torch", zero_stage=0
-    )
-    report["torch"] = run(config)
-    guard = {"collapse": "rollback", "intervals": 3, "max_rollbacks": 1}
-    report["collapse"] = run(
-        troubled_config(scratch / "collapse", guard=guard, trouble={"collapse": True}, keep=5)
-    )
-    report["nonfinite"] = run(
-        troubled_config(scratch / "nonfinite", guard={"max_nonfinite": 2}, trouble={"nonfinite": (2, 4, 5)})
-    )
-    return report
+        runs[f"skip{stage}"] = {"zero_stage": stage, **skip}
+        runs[f"rollback{stage}"] = {"zero_stage": stage, "saving": 3, "log_every": 100, **rollback}
+    return {name: run(troubled_config(scratch / name, **settings)) for name, settings in runs.items()}
 
 
 if __name__ == "__main__":
