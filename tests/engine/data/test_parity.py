@@ -1,11 +1,25 @@
 """DALI against Pillow, given the same bytes and the same drawn parameters."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
-from vitrail.engine.data import CenterCrop, HorizontalFlip, RandomResizedCrop, Resize, View
+from vitrail.engine.data import (
+    CenterCrop,
+    ColorJitter,
+    GaussianBlur,
+    HorizontalFlip,
+    RandomGrayscale,
+    RandomResizedCrop,
+    Resize,
+    Solarize,
+    View,
+)
+from vitrail.engine.data.chains import byol_views, moco_v2_views, moco_v3_views, simclr_views
 from vitrail.engine.data.dali import DaliDecoder
 from vitrail.engine.data.pillow import PillowDecoder, decode
 from vitrail.engine.data.reader import Sample, Slot, image_size
@@ -134,3 +148,73 @@ def test_several_views_share_one_decoded_image(photo, encode):
     assert [tuple(t.shape) for t in a] == [(6, 64, 64, 3), (6, 24, 24, 3), (6, 40, 32, 3)]
     for one, other in zip(a, b, strict=True):
         assert difference(one, other).mean() < MEAN
+
+
+def only(**strength):
+    """One adjustment alone."""
+    return ColorJitter(**{"p": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0} | strength)
+
+
+# Limits in grey levels: mean, mean of the worst image, single pixels. They are twice what was measured on these images:
+# a truncation in float32 that falls one level beside Pillow's; hues and saturations, which Pillow keeps in bytes; and
+# blurs, since Pillow's three boxes are no Gaussian.
+COLOUR = {
+    "brightness": (only(brightness=0.8), 0.005, 0.05, 1),
+    "contrast": (only(contrast=0.8), 0.005, 0.05, 1),
+    "saturation": (only(saturation=0.8), 0.005, 0.05, 1),
+    "hue": (only(hue=0.1), 0.25, 0.55, 12),
+    "large hue": (only(hue=0.5), 0.4, 0.9, 14),
+    "any jitter": (ColorJitter(p=1.0), 0.25, 0.6, 12),
+    "strong jitter": (ColorJitter(p=1.0, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2), 0.2, 0.85, 16),
+    "grey": (RandomGrayscale(p=1.0), 0.005, 0.05, 1),
+    "solarisation": (Solarize(p=1.0), 0, 0, 0),
+    "solarisation from 77": (Solarize(p=1.0, threshold=77), 0, 0, 0),
+    "blur": (GaussianBlur(p=1.0), 0.55, 1.2, 8),
+}
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def coloured():
+    """Every operation of `COLOUR` on the same images, from bright to dark and from pale to garish: (DALI, Pillow)."""
+    images = []
+    for seed in range(48):
+        rng = np.random.default_rng(seed)
+        coarse = rng.integers(0, 256, (8, 10, 3)) * rng.uniform(0.2, 1.0) * rng.uniform(0.4, 1.0, 3)
+        images.append(Image.fromarray(coarse.astype(np.uint8)).resize((80, 64), Image.Resampling.BICUBIC))
+    views = [View(name=name, ops=(CenterCrop(size=(64, 80)), op)) for name, (op, *_) in COLOUR.items()]
+    a, b = both(views, [png(image) for image in images])
+    return dict(zip(COLOUR, zip(a, b, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", COLOUR)
+def test_colour_operation(name, coloured):
+    _, mean, worst, most = COLOUR[name]
+    d = difference(*coloured[name])
+    assert d.mean() <= mean
+    assert d.mean((1, 2, 3)).max() <= worst
+    assert d.max() <= most
+
+
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+def test_dalis_blur_is_a_gaussian(sigma, photo):
+    whole = CenterCrop(size=(64, 80))
+    views = [View(name="v", ops=ops) for ops in ((whole,), (whole, GaussianBlur(p=1.0, sigma=(sigma, sigma))))]
+    (sharp, blurred), _ = both(views, [png(photo(0))])
+    true = gaussian_filter(sharp[0].double().numpy(), (sigma, sigma, 0), mode="mirror")
+    assert np.abs(blurred[0].numpy() - true).max() < 1.0  # rounded, and cut off at three standard deviations
+
+
+def test_published_chains(photo):
+    """Errors of resampling, colours and blur together; a threshold or a stretch may make much of little in a pixel."""
+    views = [view for chain in (moco_v3_views, byol_views, simclr_views, moco_v2_views) for view in chain((48, 56))]
+    a, b = both(views, [png(photo(seed, 90 + seed, 130 - seed)) for seed in range(24)])
+    for one, other in zip(a, b, strict=True):
+        d = difference(one, other)
+        assert d.mean() < 1.0
+        assert d.mean((1, 2, 3)).max() < 2.0
