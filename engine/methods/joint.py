@@ -55,8 +55,8 @@ class Cached(NamedTuple):
 
     gradient: Tensor
     """Of the whole batch's loss to the micro-batch's features, `[views, n, D]`."""
-    loss: Tensor | None
-    """The whole batch's loss with its graph through the heads, for one micro-batch of a step."""
+    whole: Encoded | None
+    """Features of the whole batch, for the one micro-batch of a step that trains the heads on them."""
 
 
 class JointEmbedding(Method):
@@ -66,14 +66,15 @@ class JointEmbedding(Method):
     `criterion` at the whole batch.
     """
 
+    encoder: Any
+    projector: nn.Sequential
     views_per_network = 2
     trained_heads: tuple[str, ...] = ("projector",)
     taught_heads: tuple[str, ...] = ()
 
     def __init__(self, config: JointConfig, *, groups: int, sync: bool = True) -> None:
         super().__init__()
-        self.projector: nn.Sequential
-        self.encoder: Any = config.encoder.build(groups=groups, sync=sync)
+        self.encoder = config.encoder.build(groups=groups, sync=sync)
         self.forward_flops = config.encoder.flops
         if config.freeze_patch_embed:
             self.encoder.freeze_patch_embed()
@@ -83,7 +84,10 @@ class JointEmbedding(Method):
         if cached is None:
             return self.criterion(self.encode(batch, schedule), schedule)
         part = (self.student_features(batch).float() * cached.gradient.float()).sum()
-        return part if cached.loss is None else part + cached.loss, {}
+        if cached.whole is None:
+            return part, {}
+        loss, metrics = self.criterion(cached.whole, schedule)
+        return part + loss, metrics
 
     def encode(self, batch: Any, schedule: Schedule) -> Encoded:
         """Features of a micro-batch, those of the teacher without gradient."""
@@ -114,8 +118,10 @@ class JointEmbedding(Method):
 
     def flops(self, images: int) -> float:
         """Matrix products of a step: three times the forward pass for what is trained, once for a teacher."""
-        heads = sum(head_flops(m) for m in (self.get_submodule(n) for n in self.trained_heads))
-        taught = sum(head_flops(m) for m in (self.get_submodule(n) for n in self.taught_heads))
+        heads, taught = (
+            sum(head_flops(self.get_submodule(name)) for name in names)
+            for names in (self.trained_heads, self.taught_heads)
+        )
         student = 3.0 * (self.forward_flops + heads)
         teacher = self.forward_flops + taught if self.momentum_pairs() else 0.0
         return self.views_per_network * images * (student + teacher)
@@ -126,10 +132,13 @@ class Taught(JointEmbedding):
 
     taught_heads = ("momentum_projector",)
 
+    momentum_encoder: Any
+    momentum_projector: nn.Sequential
+
     def teach(self) -> None:
         """Make the teacher, once encoder and projector are there: a copy that is never trained."""
-        self.momentum_encoder: Any = deepcopy(self.encoder).requires_grad_(False)
-        self.momentum_projector: nn.Module = deepcopy(self.projector).requires_grad_(False)
+        self.momentum_encoder = deepcopy(self.encoder).requires_grad_(False)
+        self.momentum_projector = deepcopy(self.projector).requires_grad_(False)
 
     def teacher_features(self, batch: Any, schedule: Schedule) -> Tensor | None:
         """Features `[views, n, D]` of the teacher's encoder."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from vitrail.kernels import masked_patch_gather, masked_patch_loss, random_masking
 
 from ..data.views import HorizontalFlip, RandomResizedCrop, View
+from ..models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from ..models.mae_decoder import MAEDecoder
-from ..models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, ViTConfig, transformer_flops, vit_base
+from ..models.vit import VisionTransformer, ViTConfig, transformer_flops, vit_base
 from .base import Method, MethodConfig, Schedule
 
 

@@ -74,7 +74,7 @@ class MoCoV2(Taught):
         self.teach()
         self.register_buffer("queue", F.normalize(torch.randn(config.queue, config.dim), dim=1))
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
-        self._keys: list[Tensor] = []  # of this step's micro-batches, on this rank
+        self._keys: dict[int, Tensor] = {}  # of this step's micro-batches on this rank, by place in the global batch
 
     def views(self) -> list[View]:
         """Two crops from one distribution: the query's and the key's."""
@@ -109,13 +109,13 @@ class MoCoV2(Taught):
         with torch.no_grad():
             keys = self.momentum_projector(encoded.teacher[0])
         loss = info_nce_loss(queries, keys, self.config.temperature, queue=self.queue)
-        self._keys.append(F.normalize(keys.to(self.queue.dtype), dim=1))
+        self._keys[schedule.first_row] = F.normalize(keys.to(self.queue.dtype), dim=1)
         return loss, {"loss": loss.detach(), "feature_std": spread(queries)}
 
     @torch.no_grad()
     def after_step(self, applied: bool) -> None:
         """Put the step's keys of all ranks in the place of the oldest ones."""
-        pending, self._keys = self._keys, []
+        pending, self._keys = list(self._keys.values()), {}
         if not applied or not pending:
             return
         keys = gather_rows("keys", torch.cat(pending), all_ranks())[-self.config.queue :]

@@ -73,7 +73,8 @@ class SimCLR(JointEmbedding):
     def criterion(self, encoded: Encoded, schedule: Schedule) -> tuple[Tensor, dict[str, Tensor]]:
         """NT-Xent over the images of all ranks, its mean over all views; the released code doubles it."""
         projected = self.projector(encoded.student.flatten(0, 1))
-        loss = nt_xent_loss(*projected.chunk(2), self.config.temperature, group=all_ranks())
+        first, second = projected.chunk(2)
+        loss = nt_xent_loss(first, second, self.config.temperature, group=all_ranks())
         return loss, {"loss": loss.detach(), "feature_std": spread(projected)}
 
     def chance_loss(self, images: int) -> float:

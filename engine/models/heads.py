@@ -53,6 +53,6 @@ def mlp_head(
     return nn.Sequential(*layers)
 
 
-def head_flops(head: nn.Sequential) -> float:
+def head_flops(head: nn.Module) -> float:
     """Floating-point operations of a head on one vector, forward, two per multiply-accumulate."""
-    return sum(2.0 * m.in_features * m.out_features for m in head if isinstance(m, nn.Linear))
+    return sum(2.0 * m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))

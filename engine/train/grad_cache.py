@@ -5,8 +5,8 @@ micro-batch would have its own, fewer negatives and its own batch statistics. Gr
 arXiv 2101.06983) gives the exact gradient in the memory of a micro-batch, for one more forward pass of the backbone:
 
 1. features of all micro-batches, without a graph;
-2. heads and loss on all of them, and the loss's gradient to the features;
-3. the backbone again, one micro-batch at a time, sending its part of that gradient back.
+2. heads and loss on all of them, for the loss's gradient to the features;
+3. the backbone again, one micro-batch at a time, sending its part of that gradient back, and the heads once more.
 """
 
 from __future__ import annotations
@@ -20,31 +20,66 @@ from torch import Tensor
 from ..data import Batch
 from ..methods.base import Method, Schedule
 from ..methods.joint import Cached, Encoded, JointEmbedding
-from ..models.batch_norm import BatchNorm
-from .config import ConfigError
+from ..models.batch_norm import BatchNorm, settle_statistics
+from .config import ConfigError, RunConfig
+
+
+def compared_images(config: RunConfig, world: int) -> int:
+    """Images that one loss sees: the global batch, or a micro-batch of all ranks where gradients are accumulated."""
+    return config.train.batch_size if config.train.grad_cache else config.train.micro_batch * world
+
+
+def check_comparisons(method: Method, config: RunConfig, world: int) -> str | None:
+    """Refuse to let accumulation change a loss that compares images, unless it is asked for by number.
+
+    Returns:
+        What a reader of the run must know: accumulation was asked for, and the loss sees part of the batch.
+
+    Raises:
+        ConfigError: it was not asked for; or gradients are to be cached of a method that cannot be cached.
+    """
+    train, name = config.train, type(method).__name__
+    if train.grad_cache:
+        _check_cachable(method, name)
+    accumulation, seen = config.accumulation(world), compared_images(config, world)
+    if train.grad_cache or accumulation == 1 or not isinstance(method, JointEmbedding):
+        return None
+    told = (
+        f"{accumulation} micro-batches are accumulated: {name} sees {seen} images at a time, not {train.batch_size}, "
+        "in its batch statistics" + (" and its negatives" if method.compares_images else "")
+    )
+    if method.compares_images and train.accumulation is None:
+        raise ConfigError(
+            f"{told}; pass --train.grad-cache, or --train.micro-batch {train.batch_size // world} if memory allows, "
+            f"or --train.accumulation {accumulation} to accept it"
+        )
+    return told
+
+
+def _check_cachable(method: Method, name: str) -> None:
+    if not isinstance(method, JointEmbedding):
+        raise ConfigError(
+            f"train.grad_cache is for losses on two views, and {name} looks at each image alone: "
+            "pass --no-train.grad-cache"
+        )
+    if any(isinstance(module, BatchNorm) for module in method.encoder.modules()):
+        raise ConfigError(
+            f"train.grad_cache cannot run {name} on a backbone with batch normalisation, whose statistics would be "
+            "those of a micro-batch: pass --no-train.grad-cache, and more ranks or a smaller batch"
+        )
 
 
 class GradientCache:
     """Losses of the micro-batches of a step, whose gradients add up to that of the whole batch's loss."""
 
-    def __init__(self, method: Method, engine: DeepSpeedEngine, *, precision: str) -> None:
-        """Check that the method can be cached.
-
-        Raises:
-            ConfigError: its loss is that of each image alone, or its backbone looks at several images at once.
-        """
-        name = type(method).__name__
-        if not isinstance(method, JointEmbedding):
-            raise ConfigError(
-                f"train.grad_cache is for losses that compare images, and {name}'s does not: pass --no-train.grad-cache"
-            )
-        if any(isinstance(module, BatchNorm) for module in method.encoder.modules()):
-            raise ConfigError(
-                f"train.grad_cache cannot run {name} on a backbone with batch normalisation, whose statistics would be "
-                "those of a micro-batch: pass --no-train.grad-cache, and more ranks or a smaller batch"
-            )
+    def __init__(self, method: Method, engine: DeepSpeedEngine, precision: str) -> None:
+        """Take a method that `check_comparisons` has passed."""
+        assert isinstance(method, JointEmbedding)
         self.method, self.engine = method, engine
         self.autocast = precision == "bf16"
+        # DeepSpeed reduces a step's gradients with its last micro-batch, of those parameters that have one then; stage
+        # 3 does with every one, but what the first leaves untouched keeps the gradient of the step before.
+        self.with_heads = 0 if engine.zero_optimization_stage() == 3 else engine.gradient_accumulation_steps() - 1
 
     def losses(
         self, batches: Sequence[Batch], schedules: Sequence[Schedule]
@@ -68,17 +103,17 @@ class GradientCache:
                     encoded.append(self.method.encode(batch, schedule))
             whole = _concatenated(encoded)
             del encoded
-            loss, metrics = self.method.criterion(whole, schedules[0])
-        # The heads' own gradients wait for the last micro-batch: there DeepSpeed reduces what a step has gathered.
-        (gradient,) = torch.autograd.grad(loss, whole.student, retain_graph=True)
+            loss, metrics = self.method.criterion(whole, schedules[-1])
+        (gradient,) = torch.autograd.grad(loss, whole.student)
+        whole.student.requires_grad_(False)
+        settle_statistics(self.method, applied=False)  # the heads will see the same batch again
         first = 0
-        for number, (batch, schedule) in enumerate(zip(batches, schedules, strict=True), start=1):
+        for number, (batch, schedule) in enumerate(zip(batches, schedules, strict=True)):
             count = len(batch.indices)
-            last = number == len(batches)
-            cached = Cached(gradient[:, first : first + count], loss if last else None)
+            cached = Cached(gradient[:, first : first + count], whole if number == self.with_heads else None)
             first += count
             with torch.random.fork_rng(devices=_devices(batch)):
-                _restore(states[number - 1])
+                _restore(states[number])
                 part, _ = self.engine(batch, schedule, cached)
             yield part * len(batches), metrics
 

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from ..data import Batch, Loader, Source, build_loader
 from ..evaluate.knn import OnlineKNN
 from ..methods.base import Method, Schedule
+from ..models.batch_norm import defer_statistics, settle_statistics
 from ..models.vit import Block
 from . import checkpoint
 from .config import RunConfig, TrainingError
 from .ds import Norm, Step, guarded_step, initialise, set_learning_rate
 from .ema import TeacherEMA, parameter_pairs, steppable
+from .grad_cache import GradientCache, check_comparisons, compared_images
 from .guard import Alarm, Guard, dump_batch
 from .metrics import DeviceMeans, Recorder
 from .optimizers import TITLES, choose
@@ -60,6 +62,8 @@ class Trainer:
         self.output = config.train.output
         torch.manual_seed(config.train.seed)
         self.method = config.method.build()
+        notice = check_comparisons(self.method, config, world)
+        defer_statistics(self.method)
         if config.train.init_from is not None:
             checkpoint.load_weights(self.method, config.train.init_from)
         self.guard = self._guard()
@@ -68,6 +72,8 @@ class Trainer:
         pairs = parameter_pairs(self.method)
         self.engine = initialise(self.method, config, world, steppable(pairs))
         self.ema = TeacherEMA(pairs, self.engine)
+        cached = config.train.grad_cache and self.accumulation > 1
+        self.cache = GradientCache(self.method, self.engine, config.train.precision) if cached else None
         self.first_layer = self.method.first_layer() if config.guard.enabled else []
         torch.manual_seed(config.train.seed + 1 + rank)  # stochastic depth differs between ranks
         self.state = self._restore()
@@ -75,6 +81,8 @@ class Trainer:
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = math.ceil(config.train.epochs * self.steps_per_epoch)
         self.recorder = Recorder(self.output, rank=rank, start_step=self.state.step, total_steps=self.total_steps)
+        if notice:
+            self.recorder.event(self.state.step, notice)
         self.means = DeviceMeans()
         self.throughput = Throughput(device, world)
         self.knn = self._knn()
@@ -130,23 +138,38 @@ class Trainer:
         self.ema.prepare(momentum)
         taken: Step | None = None
         seen: list[tuple[Tensor, Tensor]] = []
-        for micro in range(self.accumulation):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - waiting
-            loss, metrics = self.engine(batch, self._schedule(step, micro))
+        for batch, loss, metrics in self._losses(batches):
             self.engine.backward(loss)
             taken = guarded_step(self.engine, config.optim, self.first_layer, self.guard.judge)
             self.means.add(metrics)
-            seen.append((batch.indices, loss.detach()))
-            images = len(batch.indices)
-            self.throughput.add(images, self.method.flops(images), waited)
+            seen.append((batch.indices, metrics["loss"]))
         assert taken is not None, "DeepSpeed counts other micro-batches to a step than the loader"
         if taken.applied:
             self.ema.update(momentum)
         self.method.after_step(taken.applied)
+        settle_statistics(self.method, taken.applied)
         self.state.step += 1
         self._watch(taken, seen)
+
+    def _losses(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
+        """The micro-batches of a step with loss and metrics; each loss is sent back before the next is asked for."""
+        schedules = [self._schedule(self.state.step, micro) for micro in range(self.accumulation)]
+        if self.cache is None:
+            for schedule in schedules:
+                batch = self._next(batches)
+                yield batch, *self.engine(batch, schedule)
+        else:
+            every = [self._next(batches) for _ in schedules]
+            for batch, part in zip(every, self.cache.losses(every, schedules), strict=True):
+                yield batch, *part
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """Take a micro-batch and count it."""
+        waiting = time.perf_counter()
+        batch = next(batches)
+        images = len(batch.indices)
+        self.throughput.add(images, self.method.flops(images), time.perf_counter() - waiting)
+        return batch
 
     def _watch(self, taken: Step, seen: list[tuple[Tensor, Tensor]]) -> None:
         """Show the guard the step just taken; write down the batch of one whose gradient is not finite."""
@@ -319,7 +342,7 @@ class Trainer:
             device=self.device,
             world=self.world,
             warmup_epochs=config.optim.warmup_epochs,
-            chance=self.method.chance_loss(config.train.micro_batch * self.world),
+            chance=self.method.chance_loss(compared_images(config, self.world)),
             images=len(self.val) if self.val is not None else 0,
         )
 

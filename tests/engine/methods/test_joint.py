@@ -223,9 +223,8 @@ def test_queue_keeps_still_when_a_step_is_not_applied():
 
 def test_queue_smaller_than_a_batch_keeps_the_newest_keys():
     method = built("moco_v2", queue=4)
-    keys = []
-    method._keys = [F.normalize(torch.randn(6, 8, dtype=torch.float64), dim=1)]
-    keys = method._keys[0]
+    keys = F.normalize(torch.randn(6, 8, dtype=torch.float64), dim=1)
+    method._keys = {0: keys}
     method.after_step(True)
     assert torch.equal(method.queue, keys[-4:])
 
@@ -265,7 +264,7 @@ def test_the_patch_projection_is_frozen_unless_told_otherwise():
     assert not any(p.requires_grad for p in frozen.encoder.patch_embed.parameters())
     assert trained.first_layer()[0] is trained.encoder.patch_embed.proj.weight
     assert frozen.first_layer()[0] is frozen.encoder.blocks[0].attn.qkv.weight
-    with pytest.raises(ValueError, match="no patch projection.*--no-method.freeze-patch-embed"):
+    with pytest.raises(ValueError, match=r"no patch projection.*--no-method.freeze-patch-embed"):
         built("moco_v3", encoder=moco_vit(TINY, stem="conv"))
 
 
