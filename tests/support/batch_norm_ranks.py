@@ -112,8 +112,9 @@ def run(case: Case, size: int) -> dict[str, float]:
     x = share(case, views, rank).requires_grad_()
     with mock.patch.object(dist, "all_gather_into_tensor", side_effect=dist.all_gather_into_tensor) as forward:
         kept, out = saved(lambda: ours(x))
-    # The input, and vectors: for each view mean, deviation and count, and one for the weight.
-    assert kept <= x.nbytes + (3 * case.groups + 1) * ours.running_mean.nbytes
+    assert kept.pop(x.untyped_storage().data_ptr()) == x.nbytes
+    # Beside the input only vectors: for each view mean, deviation and count, and one for the weight.
+    assert sum(kept.values()) <= (3 * case.groups + 1) * ours.running_mean.nbytes
     with mock.patch.object(dist, "all_reduce", side_effect=dist.all_reduce) as backward:
         (out * share(case, weights, rank)).sum().backward()
     assert x.grad is not None
@@ -133,8 +134,8 @@ def run(case: Case, size: int) -> dict[str, float]:
     return report | {"messages": forward.call_count + backward.call_count, "alike": alike(ours.running_var)}
 
 
-def saved(forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
-    """Bytes that a forward pass keeps for its backward pass, every storage counted once, and its result."""
+def saved(forward: Callable[[], Tensor]) -> tuple[dict[int, int], Tensor]:
+    """Bytes of the storages that a forward pass keeps for its backward pass, by address, and its result."""
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def saved(forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         out = forward()
-    return sum(kept.values()), out
+    return kept, out
 
 
 def alike(t: Tensor) -> bool:
