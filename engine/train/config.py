@@ -142,7 +142,7 @@ class GuardConfig:
     """Logging intervals in a row, after the warm-up, that make a collapse of the loss or of feature_std."""
     min_feature_std: float = 0.05
     """Collapsed below: standard deviation of normalised embeddings times the root of their width; 1 is spread out."""
-    min_rank: float = 1.2
+    min_rank: float = 2.0
     """Collapsed below: RankMe of the online features (arXiv 2210.02885); 1 is one direction."""
     max_nonfinite: int = 20
     """Steps in a row whose gradients may be not finite."""

@@ -15,7 +15,7 @@ from vitrail.engine.methods.base import Schedule
 from vitrail.engine.train import GuardConfig, RunConfig, TrainingError
 
 STEPS = 9
-SPIKE = 6  # the batch, counted from 0, whose loss is too large
+SPIKE = 4  # the batch, counted from 0, whose loss is too large
 COLLAPSE = 4  # the step, counted from 0, from which on embeddings are reported to be alike
 
 
@@ -112,7 +112,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         def go_back(cause: Any) -> None:
             plain(cause)
             report["back"].append([trainer.state.step, digest(trainer)])
-            report["amended"] = state_of(config)
+            report.update(amended=state_of(config), left=saved(config))
 
         trainer._go_back = go_back
 
@@ -128,10 +128,15 @@ def run(config: RunConfig) -> dict[str, Any]:
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         output = config.train.output
-        report["saved"] = [int(path.name[-8:]) for path in sorted((output / "checkpoints").glob("*"))]
+        report["saved"] = saved(config)
         report["lines"] = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         report["dumps"] = {path.name: json.loads(path.read_text()) for path in (output / "nonfinite").glob("*")}
     return report
+
+
+def saved(config: RunConfig) -> list[int]:
+    """Steps of all that lies among a run's checkpoints."""
+    return sorted(int(path.name[-8:]) for path in (config.train.output / "checkpoints").glob("*"))
 
 
 def state_of(config: RunConfig) -> dict[str, Any]:
