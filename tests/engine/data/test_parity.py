@@ -155,21 +155,21 @@ def only(**strength):
     return ColorJitter(**{"p": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0} | strength)
 
 
-# Limits in grey levels: mean, mean of the worst image, single pixels. They are twice what was measured on these images:
+# Limits in grey levels: mean, mean of the worst image, single pixels. They are about 1.4 times what was measured on these images:
 # a truncation in float32 that falls one level beside Pillow's; hues and saturations, which Pillow keeps in bytes; and
 # blurs, since Pillow's three boxes are no Gaussian.
 COLOUR = {
     "brightness": (only(brightness=0.8), 0.005, 0.05, 1),
     "contrast": (only(contrast=0.8), 0.005, 0.05, 1),
     "saturation": (only(saturation=0.8), 0.005, 0.05, 1),
-    "hue": (only(hue=0.1), 0.25, 0.55, 12),
-    "large hue": (only(hue=0.5), 0.4, 0.9, 14),
-    "any jitter": (ColorJitter(p=1.0), 0.25, 0.6, 12),
-    "strong jitter": (ColorJitter(p=1.0, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2), 0.2, 0.85, 16),
+    "hue": (only(hue=0.1), 0.38, 0.5, 12),
+    "large hue": (only(hue=0.5), 0.5, 1.0, 14),
+    "any jitter": (ColorJitter(p=1.0), 0.4, 0.85, 15),
+    "strong jitter": (ColorJitter(p=1.0, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2), 0.28, 1.3, 20),
     "grey": (RandomGrayscale(p=1.0), 0.005, 0.05, 1),
     "solarisation": (Solarize(p=1.0), 0, 0, 0),
     "solarisation from 77": (Solarize(p=1.0, threshold=77), 0, 0, 0),
-    "blur": (GaussianBlur(p=1.0), 0.55, 1.2, 8),
+    "blur": (GaussianBlur(p=1.0), 0.45, 0.9, 8),
 }
 
 
@@ -181,11 +181,11 @@ def png(image):
 
 @pytest.fixture(scope="module")
 def coloured():
-    """Every operation of `COLOUR` on the same images, from bright to dark and from pale to garish: (DALI, Pillow)."""
+    """Every operation of `COLOUR` on the same images, half of them dark or of one colour: (DALI, Pillow)."""
     images = []
     for seed in range(48):
         rng = np.random.default_rng(seed)
-        coarse = rng.integers(0, 256, (8, 10, 3)) * rng.uniform(0.2, 1.0) * rng.uniform(0.4, 1.0, 3)
+        coarse = rng.integers(0, 256, (8, 10, 3)) * (rng.uniform(0.1, 1.0, 3) if seed % 2 else 1.0)
         images.append(Image.fromarray(coarse.astype(np.uint8)).resize((80, 64), Image.Resampling.BICUBIC))
     views = [View(name=name, ops=(CenterCrop(size=(64, 80)), op)) for name, (op, *_) in COLOUR.items()]
     a, b = both(views, [png(image) for image in images])
