@@ -12,9 +12,9 @@ arXiv 2101.06983) gives the exact gradient in the memory of a micro-batch, for o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from ..data import Batch
@@ -22,6 +22,9 @@ from ..methods.base import Method, Schedule
 from ..methods.joint import Cached, Encoded, JointEmbedding
 from ..models.batch_norm import BatchNorm, settle_statistics
 from .config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 def compared_images(config: RunConfig, world: int) -> int:
@@ -49,9 +52,10 @@ def check_comparisons(method: Method, config: RunConfig, world: int) -> str | No
         "in its batch statistics" + (" and its negatives" if method.compares_images else "")
     )
     if method.compares_images and train.accumulation is None:
+        caching = "" if _has_batch_norm(method) else "--train.grad-cache, or "
         raise ConfigError(
-            f"{told}; pass --train.grad-cache, or --train.micro-batch {train.batch_size // world} if memory allows, "
-            f"or --train.accumulation {accumulation} to accept it"
+            f"{told}; pass {caching}--train.micro-batch {train.batch_size // world} if memory allows, or take more "
+            f"GPUs, or --train.accumulation {accumulation} to accept it"
         )
     return told
 
@@ -62,11 +66,15 @@ def _check_cachable(method: Method, name: str) -> None:
             f"train.grad_cache is for losses on two views, and {name} looks at each image alone: "
             "pass --no-train.grad-cache"
         )
-    if any(isinstance(module, BatchNorm) for module in method.encoder.modules()):
+    if _has_batch_norm(method):
         raise ConfigError(
             f"train.grad_cache cannot run {name} on a backbone with batch normalisation, whose statistics would be "
             "those of a micro-batch: pass --no-train.grad-cache, and more ranks or a smaller batch"
         )
+
+
+def _has_batch_norm(method: JointEmbedding) -> bool:
+    return any(isinstance(module, BatchNorm) for module in method.encoder.modules())
 
 
 class GradientCache:

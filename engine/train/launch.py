@@ -6,17 +6,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
+
 from ..data import DataError, Source, open_source
 from . import optimizers
-from .config import ConfigError, RunConfig
+from .config import ConfigError, RunConfig, TrainingError
 from .demo import shrink
+from .grad_cache import check_comparisons
 
 
 def launch(recipe: Callable[[], RunConfig], argv: Sequence[str] | None = None) -> None:
     """Run a recipe: apply the command line, open the data, train.
 
     `--demo` shrinks the recipe to the bundled images and a small model; every other flag is a dotted field of
-    `RunConfig`. Mistakes of the user end the process with status 2 and one line on stderr, before a GPU is touched.
+    `RunConfig`. Mistakes of the user end the process with status 2 and one line on stderr, before a GPU is touched; a
+    run that the guard has ended, with status 3.
 
     Args:
         recipe: returns the whole configuration.
@@ -26,11 +30,27 @@ def launch(recipe: Callable[[], RunConfig], argv: Sequence[str] | None = None) -
         config, demo = parse(recipe, sys.argv[1:] if argv is None else argv)
         config.accumulation(int(os.environ.get("WORLD_SIZE", "1")))  # refuses a batch that does not divide
         optimizers.choose(config)  # refuses an optimiser that cannot run
+        check_method(config)
         _train(config, open_source(config.data, "train"), open_source(config.data, "val"), demo=demo)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, TrainingError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line that the user must see
-        raise SystemExit(2) from None
+        raise SystemExit(3 if isinstance(error, TrainingError) else 2) from None
+
+
+def check_method(config: RunConfig) -> None:
+    """Build the method without memory, to find out before a GPU is touched whether its settings fit each other.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        with torch.device("meta"):
+            method = config.method.build()
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{type(config.method).__name__} cannot be built: {error}") from error
+    check_comparisons(method, config, world)
 
 
 def parse(recipe: Callable[[], RunConfig], argv: Sequence[str]) -> tuple[RunConfig, bool]:
