@@ -129,6 +129,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     if torch.distributed.get_rank() == 0:
         output = config.train.output
         report["saved"] = saved(config)
+        report["final"] = state_of(config) if report["saved"] else None
         report["lines"] = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         report["dumps"] = {path.name: json.loads(path.read_text()) for path in (output / "nonfinite").glob("*")}
     return report

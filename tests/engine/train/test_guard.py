@@ -284,6 +284,20 @@ def test_norms_stay_on_the_device_until_they_are_asked_for(monkeypatch):
     assert read == [7]
 
 
+def test_the_judge_holds_back_spikes_and_reads_at_once():
+    watch = guard(spike="skip")
+    one, ten = torch.tensor(1.0), torch.tensor(10.0)
+    for step in range(1, 51):
+        assert not watch.judge(one, one)
+        watch.observe(step, Step(True, False, one, one))
+    assert watch.judge(one, ten)
+    watch.observe(51, Step(False, True, one, ten))
+    (alarm,) = watch.review(51, read=False)
+    assert (alarm.action, alarm.step, alarm.values["signal"]) == ("skip", 51, "first_layer_gradient_norm")
+    watch.observe(52, Step(False, False, math.inf, None))  # the judge is not asked about a step that is not finite
+    assert watch.state()["memory"]["row"][2] == 1
+
+
 def test_a_step_that_is_not_finite_stays_out_of_the_window():
     watch = guard()
     steps(watch, [1.0] * 50)
@@ -458,6 +472,7 @@ class TestLaunched:
         amended = run["amended"]
         assert (amended["step"], amended["data_shift"], amended["rollbacks"]) == (3, 3, 1)
         assert len(amended["guard"]["windows"]["gradient_norm"]) == 3
+        assert len(run["final"]["guard"]["windows"]["gradient_norm"]) == STEPS  # the guard went back as well
         assert run["error"] is None
         assert run["count"] == STEPS
 
