@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .checkpoint import TrainState
     from .guard import Alarm
 
 
@@ -52,6 +54,7 @@ class Recorder:
     def __init__(self, output: Path, *, rank: int, start_step: int, total_steps: int) -> None:
         self.active = rank == 0
         self.total_steps = total_steps
+        self._bad_files: set[str] = set()
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -84,8 +87,11 @@ class Recorder:
         if not self.console.is_terminal:
             self.console.print(f"step {step}/{self.total_steps}  {line}", highlight=False, soft_wrap=True)
 
-    def rewind(self, step: int) -> None:
-        """Go back to a step: TensorBoard drops what came after it, `metrics.jsonl` keeps it and goes on."""
+    def rewind(self, *, left: int, state: TrainState) -> None:
+        """Go back from step `left` to a checkpoint's: TensorBoard drops what came after it, `metrics.jsonl` goes on."""
+        step = state.step
+        message = f"went back from step {left} to step {step}, passing over {left - step} batches"
+        self.event(step, message, rollback_from=left, rollbacks=state.rollbacks, data_shift=state.data_shift)
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -109,6 +115,13 @@ class Recorder:
         if self.active:
             self._line({"kind": "event", "step": step, "message": message, **details})
         self.say(message)
+
+    def bad_files(self, step: int, found: Iterable[Mapping[str, str]]) -> None:
+        """Name the files that could not be decoded, each once; `found` maps names to reasons, for every rank."""
+        for name, reason in {name: reason for part in found for name, reason in part.items()}.items():
+            if name not in self._bad_files:
+                self._bad_files.add(name)
+                self.event(step, f"cannot decode {name}: {reason}; another image takes its place")
 
     def alarm(self, alarm: Alarm) -> None:
         """An event with `alarm`, its kind, `action`, what is done, and the values that raised it; printed loudly."""

@@ -89,7 +89,6 @@ class Trainer:
         self._norms: dict[str, Norm] = {}
         self._stop_requested = False
         self._bad_files_counted = 0
-        self._bad_files_told: set[str] = set()
 
     def run(self) -> RunResult:
         """Train until the last step, or until SIGTERM or SIGINT has been answered with a checkpoint.
@@ -266,14 +265,7 @@ class Trainer:
         self.means, self._norms = DeviceMeans(), {}
         self.loader.close()
         self.loader = self._loader()
-        self.recorder.rewind(self.state.step)
-        self.recorder.event(
-            self.state.step,
-            f"went back from step {step} to {self.state.step} ({self.state.rollbacks} of "
-            f"{self.config.guard.max_rollbacks} times), passing over {step - self.state.step} batches",
-            rollback_from=step,
-            data_shift=self.state.data_shift,
-        )
+        self.recorder.rewind(left=step, state=self.state)
 
     def _log(self, bad_files: int) -> list[Alarm]:
         """Read the device and write a line; name the files that could not be decoded since the last one.
@@ -299,10 +291,7 @@ class Trainer:
         self._bad_files_counted = bad_files
         found: list[dict[str, str]] = [{}] * self.world
         torch.distributed.all_gather_object(found, dict(self.loader.bad_files))
-        for name, reason in {name: reason for part in found for name, reason in part.items()}.items():
-            if name not in self._bad_files_told:
-                self._bad_files_told.add(name)
-                self.recorder.event(self.state.step, f"cannot decode {name}: {reason}; another image takes its place")
+        self.recorder.bad_files(self.state.step, found)
 
     def _due(self, every_epochs: float) -> bool:
         """Whether an action of every so many epochs falls on this step."""
