@@ -1,5 +1,6 @@
 """Runs that go wrong on purpose, in processes of their own; a script as `training.py` is."""
 
+import copy
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ import torch
 import training
 from training import IMAGES, Twice, TwiceConfig, tiny_config
 
-from vitrail.engine.methods.base import Schedule
+from vitrail.engine.methods.base import MomentumPair, Schedule
 from vitrail.engine.train import GuardConfig, RunConfig, TrainingError
 
 STEPS = 9
@@ -35,12 +36,13 @@ class TroubledConfig(TwiceConfig):
 
 
 class Troubled(Twice):
-    """Keeps which batches it has seen; has a buffer that counts applied steps."""
+    """Keeps which batches it has seen; has a teacher, and a buffer that counts applied steps."""
 
     def __init__(self, config: TroubledConfig) -> None:
         super().__init__(config)
         self.trouble = config
         self.batches: list[int] = []
+        self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, batch: Any, schedule: Schedule) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -55,6 +57,12 @@ class Troubled(Twice):
         if self.trouble.collapse:
             metrics["feature_std"] = torch.tensor(0.01 if schedule.step >= COLLAPSE else 0.9)
         return loss, metrics
+
+    def momentum_pairs(self) -> list[MomentumPair]:
+        return [MomentumPair(self.teacher, self.encoder)]
+
+    def ema_momentum(self, taken: Schedule, coming: Schedule) -> float:
+        return 0.5
 
     def after_step(self, applied: bool) -> None:
         super().after_step(applied)
@@ -83,7 +91,7 @@ def troubled_config(
 
 
 def digest(trainer: Any) -> str:
-    """Hash of the weights, buffers and moments of all ranks, to the last bit."""
+    """Hash of the weights, the teacher's too, buffers and moments of all ranks, to the last bit."""
     from vitrail.engine.train.checkpoint import whole_state
 
     stage = trainer.config.train.zero_stage
