@@ -155,8 +155,8 @@ def only(**strength):
     return ColorJitter(**{"p": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0} | strength)
 
 
-# Limits in grey levels: mean, mean of the worst image, single pixels. They are about 1.4 times what was measured on these images:
-# a truncation in float32 that falls one level beside Pillow's; hues and saturations, which Pillow keeps in bytes; and
+# Limits in grey levels: mean, mean of the worst image, single pixels. They are some 1.4 times what these images gave: a
+# truncation in float32 that falls one level beside Pillow's; hues and saturations, which Pillow keeps in bytes; and
 # blurs, since Pillow's three boxes are no Gaussian.
 COLOUR = {
     "brightness": (only(brightness=0.8), 0.005, 0.05, 1),
