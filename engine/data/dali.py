@@ -144,7 +144,7 @@ def _hue(images: Node, ahead: Node) -> Node:
     """Turn the hexagon of colours, whose corners red, yellow, green, cyan, blue, magenta are at 0, 1, 2, 3, -2, -1.
 
     With the largest and the smallest channel at V and m, a channel holds m + (V - m) * clamp(2 - d, 0, 1) at distance d
-    from its own corner. `ahead` are the turn's ends as seen from the three corners, from -3 to 3.
+    from its own corner. `ahead` is of `_ahead`, from -3 to 3.
     """
     red, green, blue = (images[:, :, channel : channel + 1] for channel in range(3))
     low = math.min(math.min(red, green), blue)
@@ -156,10 +156,11 @@ def _hue(images: Node, ahead: Node) -> Node:
 
 
 def _ahead(turn: Node) -> Node:
+    """How far a turn leads past each of the three corners, in corners, taken round the shorter way."""
     # torchvision turns Pillow's hue, a byte, by whole steps. The byte was truncated: half a step low in the mean.
     steps = math.floor(math.max(turn * 255, 0.0)) + math.ceil(math.min(turn * 255, 0.0)) - 0.5
     ahead = steps * (6 / 255)
-    ahead = fn.stack(ahead, ahead - 2, ahead + 2)
+    ahead = fn.stack(ahead, ahead - 2, ahead + 2)  # green's corner is at 2, blue's at -2
     return ahead - 6 * math.floor((ahead + 3) / 6)
 
 
