@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -141,6 +142,57 @@ def test_both_implementations_compute_the_same_first_loss():
     assert tiny.shape["visible"] == tiny.shape["masked"] == 8
 
 
+@pytest.mark.parametrize(("family", "peer"), [("moco_v3", "plain PyTorch"), ("simclr", "lightly")])
+class TestJointSteps:
+    def test_implementations_train_alike(self, family, peer, monkeypatch):
+        """Losses of four steps in float32: the same views, models, losses, optimisers and teachers."""
+        exact = partial(torch.autocast, enabled=False)
+        monkeypatch.setattr(torch, "autocast", exact)
+        losses, flops = {}, set()
+        for name in ("vitrail", "vitrail checkpointed", peer):
+            settings = {"model": "small", "batch": 8, "image_size": 32, "depth": 2}
+            work = steps.child().Work(family=family, implementation=name, **settings)
+            step, operations = steps.child().FAMILIES[family].prepare(work, CPU)
+            losses[name] = [step().item() for _ in range(4)]
+            flops.add(operations)
+        assert losses[peer] == pytest.approx(losses["vitrail"], rel=1e-4)
+        assert losses["vitrail checkpointed"] == pytest.approx(losses["vitrail"], rel=1e-6)
+        assert losses["vitrail"][3] < losses["vitrail"][0]
+        assert len(flops) == 1
+
+    def test_dry_runs_agree(self, family, peer):
+        tiny = case({}, family=family)
+        runs = {name: steps.try_out(tiny, name) for name in ("vitrail", peer)}
+        assert steps.agree([run["loss"] for run in runs.values()]), runs
+        assert tiny.shape == {"batch": 4, "image": 224, "patch": 16, "views": 2}
+
+    def test_cases_name_what_there_is(self, family, peer):
+        module = steps.child().FAMILIES[family]
+        known = set(module.IMPLEMENTATIONS[family])
+        file = load(f"bench_{family}_step")
+        for kind, count in (("cpu", 2), ("cuda", 3)):
+            for one in file.cases(kind):
+                assert one.model in module.MODELS
+                assert set(one.rounds) <= known
+                assert len(one.rounds) == count
+                assert {*one.rounds} - {"vitrail checkpointed"} == {"vitrail", peer}
+
+    def test_who_lacks_timm_measures_ours_alone(self, family, peer, monkeypatch, session):
+        monkeypatch.setattr(steps.peers, "_importable", lambda module: module != "timm")
+        monkeypatch.setattr(steps, "run", lambda *arguments: printed([1.0]))
+        outcome = steps.Outcome()
+        runs = steps.collect(case({"vitrail": 1, peer: 1}, family=family), session, outcome)
+        assert list(runs) == ["vitrail"]
+        assert outcome.absent == {peer: "timm is not installed: pip install timm"}
+
+
+def test_a_child_refuses_who_is_not_of_the_family(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["child.py", "lightly", "--family", "moco_v3"])
+    with pytest.raises(SystemExit):
+        steps.child().main()
+    assert "moco_v3 has ('vitrail', 'vitrail checkpointed', 'plain PyTorch')" in capsys.readouterr().err
+
+
 def test_a_process_that_lacks_memory_says_so(tmp_path):
     run = steps.run(case({}, batch=8192, limit=1600 << 20), "vitrail", CPU, tmp_path)
     assert run == {"outcome": "out of memory", "limit": 1600 << 20}
@@ -172,7 +224,8 @@ for name in ("tyro", "deepspeed", "nvidia", "nvidia.dali", "lightly", "tensorboa
 sys.path.insert(0, {str(steps.CHILD.parent)!r})
 import child
 
-child.transformers_classes()
+for module in child.FAMILIES.values():
+    module.load()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd="/")
     assert done.returncode == 0, done.stderr

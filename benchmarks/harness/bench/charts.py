@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
 from . import plots
+from .report import STEPS
 from .results import Machine, headline
 from .rows import Row
 
@@ -50,7 +51,7 @@ class Chart:
 FASTER = "speed of vitrail over others (medians, quantiles 0.2–0.8)"
 ROOFLINE = "share of the floor that copy bandwidth and matrix rate set"
 CHARTS = (
-    Chart("steps", f"Whole training steps: {FASTER}", "steps", ("mae_step",), plots.ratios),
+    Chart("steps", f"Whole training steps: {FASTER}", "steps", tuple(STEPS), plots.ratios),
     Chart("batch", "A training step as the batch grows", "steps", ("mae_batch",), plots.batches),
     Chart("cost", "A training step against tokens and mask ratio", "steps", ("mae_cost",), plots.costs),
     Chart("kernels", f"Ops: {FASTER}", "kernels", (), plots.ratios),

@@ -55,6 +55,7 @@ PEERS = {
     "compiled": Peer(),
     "SDPA": Peer(),
     "FlexAttention": Peer(),
+    "plain PyTorch": Peer(),
     "torch foreach": Peer(),
     "torch loop": Peer(),
     "torch mul_ add_": Peer(),
@@ -76,12 +77,14 @@ PEERS = {
 
 
 def absent(name: str, device: torch.device) -> str | None:
-    """Why the implementation `name` cannot run on `device`; None if it can. A suffix ` compiled` is understood.
+    """Why the implementation `name` cannot run on `device`; None if it can.
+
+    The suffixes ` compiled` and ` checkpointed` are understood.
 
     Raises:
         KeyError: Nobody of that name is in the table.
     """
-    known = name.removesuffix(" compiled")
+    known = name.removesuffix(" compiled").removesuffix(" checkpointed")
     if known not in PEERS:
         raise KeyError(f"no implementation called {name!r} in benchmarks/harness/bench/peers.py; add it there")
     peer = PEERS[known]

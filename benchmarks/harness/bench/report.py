@@ -9,6 +9,7 @@ from .table import bytes_, number, seconds
 
 PICTURES = "images/benchmarks"  # under docs/
 PAGE = "docs/benchmarks.md"
+STEPS = {"mae_step": "MAE", "moco_v3_step": "MoCo v3", "simclr_step": "SimCLR"}
 SUITES = {"kernels": "ops", "engine": "parts of the engine", "steps": "whole training steps", "data": "loaders"}
 GENERATED = "<!-- Written from benchmarks/results by `make figures`: do not edit. -->"
 NOTHING = (
@@ -146,16 +147,15 @@ def _machine(machine: Machine, charts: Sequence[str]) -> list[str]:
         f"### {machine.title}",
         wrapped(f"[Rows](benchmarks/results/{machine.name}), {provenance(machine)}. All figures: [{PAGE}]({PAGE})."),
     ]
-    if steps := [row for row in rows if row.op == "mae_step"]:
-        common, lines = folded(*step_lines(steps), ("dtype", "direction", "cache"))
-        sizes = ", ".join(filter(None, [_sizes(steps), common]))
-        parts += [
-            wrapped(
-                f"A whole MAE training step ({sizes}). A ratio is the time of the implementation over ours, "
-                "as the median over turns and its quantiles 0.2 and 0.8."
-            ),
-            lines,
-        ]
+    explained = (
+        " A ratio is the time of the implementation over ours, as the median over turns and its quantiles 0.2 and 0.8."
+    )
+    for op, method in STEPS.items():
+        if steps := [row for row in rows if row.op == op]:
+            common, lines = folded(*step_lines(steps), ("dtype", "direction", "cache"))
+            sizes = ", ".join(filter(None, [_sizes(steps), common]))
+            parts += [wrapped(f"A whole {method} training step ({sizes}).{explained}"), lines]
+            explained = ""
     parts += [_picture(machine, name) for name in ("batch",) if name in charts]
     if ops := groups(headline([row for row in rows if row.suite in ("kernels", "engine") and row.median_s])):
         parts += _ops(ops)

@@ -4,8 +4,7 @@ Processes alternate, so that a machine that slows down slows all implementations
 Before anything becomes a row, the first losses are compared: a difference says that the models are not the same.
 """
 
-import functools
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from . import peers, roofline
 from .environment import ROOT
 from .measure import Outcome
 from .plugin import LATE, TAPE, Session, conclude
+from .results import is_ours
 from .rows import Key, Row, quantiles, ratios
 
 CHILD = ROOT / "benchmarks" / "steps" / "child.py"
@@ -40,12 +40,14 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class StepCase:
-    """MAE training steps of one size. Everything here is data."""
+    """Training steps of one method and size. Everything here is data."""
 
     op: str
     """Name of the op; its rows go to `results/<machine>/<op>.json`."""
     name: str
     """Which sizes, in words."""
+    family: str = "mae"
+    """The method: `mae`, `moco_v3` or `simclr`."""
     model: str
     """`small`, `base`, `large` or `huge`."""
     batch: int
@@ -59,7 +61,7 @@ class StepCase:
     image_size: int = 224
     """Side of the images in pixels."""
     mask_ratio: float = 0.75
-    """Share of the patches that is hidden."""
+    """Share of the patches that MAE hides."""
     limit: int = 0
     """Bytes of data that a process on a CPU may hold; 0 for what the machine has free."""
 
@@ -67,10 +69,13 @@ class StepCase:
     def shape(self) -> dict[str, int | float | str]:
         """The sizes in numbers."""
         patch = MODELS[self.model][1]
+        common = {"batch": self.batch, "image": self.image_size, "patch": patch}
+        if self.family != "mae":
+            return {**common, "views": 2}
         length = (self.image_size // patch) ** 2
         visible = int(length * (1 - self.mask_ratio))
         masked = length - visible
-        return {"batch": self.batch, "image": self.image_size, "patch": patch, "visible": visible, "masked": masked}
+        return {**common, "visible": visible, "masked": masked}
 
     def key(self, implementation: str) -> Key:
         """What identifies the row of an implementation."""
@@ -124,8 +129,7 @@ def collect(case: StepCase, bench: Session, outcome: Outcome) -> dict[str, list[
     """
     runs: dict[str, list[Run]] = {}
     for name in case.rounds:
-        # The weights of all implementations are those that transformers draws.
-        reason = peers.absent(name, bench.device) or peers.absent("transformers", bench.device)
+        reason = peers.absent(name, bench.device) or peers.absent(stands_on(case, name), bench.device)
         if reason is None:
             runs[name] = []
         else:
@@ -149,6 +153,13 @@ def collect(case: StepCase, bench: Session, outcome: Outcome) -> dict[str, list[
     return runs
 
 
+def stands_on(case: StepCase, implementation: str) -> str:
+    """Who else has to be there: MAE's weights are those that transformers draws, other methods' peers train timm's."""
+    if case.family == "mae":
+        return "transformers"
+    return implementation if is_ours(implementation) else "timm"
+
+
 def run(case: StepCase, implementation: str, device: torch.device, caches: Path) -> Run:
     """Run the steps of an implementation in a process.
 
@@ -160,9 +171,10 @@ def run(case: StepCase, implementation: str, device: torch.device, caches: Path)
         limit = case.limit or available_memory()
     else:
         torch.cuda.empty_cache()  # what this process keeps, the other lacks
-    command = [sys.executable, str(CHILD), implementation, "--model", case.model, "--batch", str(case.batch)]
-    command += ["--image-size", str(case.image_size), "--mask-ratio", str(case.mask_ratio)]
-    command += ["--steps", str(case.steps), "--warmup", str(case.warmup), "--limit", str(limit)]
+    command = [sys.executable, str(CHILD), implementation, "--family", case.family]
+    command += ["--model", case.model, "--batch", str(case.batch), "--image-size", str(case.image_size)]
+    command += ["--mask-ratio", str(case.mask_ratio), "--steps", str(case.steps), "--warmup", str(case.warmup)]
+    command += ["--limit", str(limit)]
     # Waiting threads that spin on disturb all implementations on a shared machine; these settings are everyone's.
     settings = {"GOMP_SPINCOUNT": "20000", **os.environ}
     settings |= {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
@@ -174,16 +186,19 @@ def run(case: StepCase, implementation: str, device: torch.device, caches: Path)
 
 
 def try_out(case: StepCase, implementation: str) -> Run:
-    """Two images through two blocks in this process: enough to see that a case builds and agrees with the others.
+    """A few images through two blocks in this process: enough to see that a case builds and agrees with the others.
 
-    A process for each would take longer than all else, as would Inductor, so that compilation stops at the graph.
+    A process for each would take longer than all else, as would Inductor, so that compilation stops at the graph. The
+    methods that compare images need many, or rounding shows in their losses, and are content with small ones.
     """
     module = child()
+    compares = case.family != "mae"
     work = module.Work(
+        family=case.family,
         implementation=implementation,
         model=case.model,
-        batch=2,
-        image_size=case.image_size,
+        batch=64 if compares else 2,
+        image_size=32 if compares else case.image_size,
         mask_ratio=case.mask_ratio,
         steps=1,
         warmup=0,
@@ -193,16 +208,12 @@ def try_out(case: StepCase, implementation: str) -> Run:
     return module.attempt(work)
 
 
-@functools.cache
 def child() -> ModuleType:
     """`child.py` as a module."""
-    spec = importlib.util.spec_from_file_location("vitrail_steps_child", CHILD)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    folder = str(CHILD.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(CHILD.stem)
 
 
 def agree(losses: Sequence[float]) -> bool:
