@@ -6,6 +6,8 @@ loader delivers them, uint8; the others get them normalised, in float32 and chan
 
 The others' backbone is timm's VisionTransformer, with the fixed positions and the frozen patch projection of MoCo v3
 (arXiv 2104.02057). They encode view by view, as the authors' code of MoCo v3 and lightly's example of SimCLR do.
+timm attends with scaled_dot_product_attention, which is slow on CPUs in bf16; `, explicit attention` in a name has it
+write the scores out, as the timm of MoCo v3's code did.
 
 SimCLR is defined in more than one way. Here it is lightly's, on both sides: two linear layers, each followed by batch
 normalisation with scale and shift, statistics of each view by itself, a temperature of 0.5. Our default is that of the
@@ -45,7 +47,10 @@ from vitrail.kernels import FusedAdamWEMA, multi_tensor_ema_
 
 MODELS = {"small": vit_small, "base": vit_base, "large": vit_large}
 OURS = ("vitrail", "vitrail checkpointed")
-IMPLEMENTATIONS = {"moco_v3": (*OURS, "plain PyTorch"), "simclr": (*OURS, "lightly")}
+EXPLICIT = ", explicit attention"
+IMPLEMENTATIONS = {
+    family: (*OURS, peer, peer + EXPLICIT) for family, peer in (("moco_v3", "plain PyTorch"), ("simclr", "lightly"))
+}
 LR, WEIGHT_DECAY, BETAS = 1e-4, 0.1, (0.9, 0.999)
 TOTAL = 100_000  # steps of the run that these are the first ones of: the teacher's momentum hardly moves
 SQUARES = 8
@@ -69,6 +74,11 @@ def prepare(work: Work, device: torch.device) -> tuple[Callable[[], Tensor], flo
                     block.recompute = True
             return trainers_step(ours.train(), views), flops
         theirs: nn.Module = PlainMoCoV3(ours) if isinstance(ours, MoCoV3) else LightlySimCLR(ours)
+        if work.implementation.endswith(EXPLICIT):
+            attentions = [module for module in theirs.modules() if hasattr(module, "fused_attn")]
+            assert attentions, "timm says otherwise how it attends"
+            for module in attentions:
+                module.fused_attn = False
         return plain_step(theirs.train(), [normalised(view) for view in views]), flops
 
 

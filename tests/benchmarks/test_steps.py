@@ -149,13 +149,14 @@ class TestJointSteps:
         exact = partial(torch.autocast, enabled=False)
         monkeypatch.setattr(torch, "autocast", exact)
         losses, flops = {}, set()
-        for name in ("vitrail", "vitrail checkpointed", peer):
+        for name in ("vitrail", "vitrail checkpointed", peer, f"{peer}, explicit attention"):
             settings = {"model": "small", "batch": 8, "image_size": 32, "depth": 2}
             work = steps.child().Work(family=family, implementation=name, **settings)
             step, operations = steps.child().FAMILIES[family].prepare(work, CPU)
             losses[name] = [step().item() for _ in range(4)]
             flops.add(operations)
         assert losses[peer] == pytest.approx(losses["vitrail"], rel=1e-4)
+        assert losses[f"{peer}, explicit attention"] == pytest.approx(losses["vitrail"], rel=1e-4)
         assert losses["vitrail checkpointed"] == pytest.approx(losses["vitrail"], rel=1e-6)
         assert losses["vitrail"][3] < losses["vitrail"][0]
         assert len(flops) == 1
@@ -170,12 +171,10 @@ class TestJointSteps:
         module = steps.child().FAMILIES[family]
         known = set(module.IMPLEMENTATIONS[family])
         file = load(f"bench_{family}_step")
-        for kind, count in (("cpu", 2), ("cuda", 3)):
+        for kind in ("cpu", "cuda"):
             for one in file.cases(kind):
                 assert one.model in module.MODELS
-                assert set(one.rounds) <= known
-                assert len(one.rounds) == count
-                assert {*one.rounds} - {"vitrail checkpointed"} == {"vitrail", peer}
+                assert {"vitrail", peer} < {*one.rounds} < known
 
     def test_who_lacks_timm_measures_ours_alone(self, family, peer, monkeypatch, session):
         monkeypatch.setattr(steps.peers, "_importable", lambda module: module != "timm")
@@ -190,7 +189,7 @@ def test_a_child_refuses_who_is_not_of_the_family(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["child.py", "lightly", "--family", "moco_v3"])
     with pytest.raises(SystemExit):
         steps.child().main()
-    assert "moco_v3 has ('vitrail', 'vitrail checkpointed', 'plain PyTorch')" in capsys.readouterr().err
+    assert "moco_v3 has ('vitrail', 'vitrail checkpointed', 'plain PyTorch', " in capsys.readouterr().err
 
 
 def test_a_process_that_lacks_memory_says_so(tmp_path):

@@ -5,6 +5,7 @@ rows, never a silent gap.
 """
 
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,12 +80,12 @@ PEERS = {
 def absent(name: str, device: torch.device) -> str | None:
     """Why the implementation `name` cannot run on `device`; None if it can.
 
-    The suffixes ` compiled` and ` checkpointed` are understood.
+    The suffixes ` compiled`, ` checkpointed` and `, explicit attention` are understood.
 
     Raises:
         KeyError: Nobody of that name is in the table.
     """
-    known = name.removesuffix(" compiled").removesuffix(" checkpointed")
+    known = re.sub("( compiled| checkpointed|, explicit attention)$", "", name)
     if known not in PEERS:
         raise KeyError(f"no implementation called {name!r} in benchmarks/harness/bench/peers.py; add it there")
     peer = PEERS[known]
