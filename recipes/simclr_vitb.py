@@ -25,7 +25,7 @@ def recipe() -> RunConfig:
             dim=128,
             projector_layers=3,  # second version of the released code
             temperature=0.1,
-            color_strength=1.0,
+            jitter=(0.8, 0.8, 0.8, 0.2),
             crop_scale=(0.08, 1.0),
         ),
         optim=OptimConfig(

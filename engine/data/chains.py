@@ -7,9 +7,12 @@ take the same arguments, those that a demo on small images has to change:
     scale: smallest and largest share of the image's area that is cropped.
     flip: probability of mirroring left and right.
     sigma: smallest and largest standard deviation of the blur, in pixels of the view.
+    jitter: strengths of the colour jitter: brightness, contrast, saturation, hue.
 
 An operation that never happens is left out.
 """
+
+from typing import TypeAlias
 
 from .views import (
     ColorJitter,
@@ -23,6 +26,9 @@ from .views import (
     View,
 )
 
+Jitter: TypeAlias = tuple[float, float, float, float]
+"""Brightness, contrast, saturation, hue."""
+
 _GREY = 0.2  # probability, in all of them
 
 
@@ -31,12 +37,18 @@ def _pair(first: tuple[Op, ...], second: tuple[Op, ...]) -> list[View]:
     return [View(name=name, ops=tuple(op for op in ops if getattr(op, "p", 1.0) > 0.0)) for name, ops in chains.items()]
 
 
+def _colours(jitter: Jitter) -> ColorJitter:
+    brightness, contrast, saturation, hue = jitter
+    return ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+
+
 def moco_v3_views(
     size: int | ImageSize,
     *,
     scale: tuple[float, float] = (0.08, 1.0),
     flip: float = 0.5,
     sigma: tuple[float, float] = (0.1, 2.0),
+    jitter: Jitter = (0.4, 0.4, 0.2, 0.1),
 ) -> list[View]:
     """MoCo v3's views for vision transformers (arXiv 2104.02057 and its released code); its ResNet crops from 0.2.
 
@@ -47,7 +59,7 @@ def moco_v3_views(
     def chain(blur: float, solarize: float) -> tuple[Op, ...]:
         return (
             RandomResizedCrop(size=size, scale=scale, interpolation="bilinear"),
-            ColorJitter(),
+            _colours(jitter),
             RandomGrayscale(p=_GREY),
             GaussianBlur(p=blur, sigma=sigma),
             Solarize(p=solarize),
@@ -63,6 +75,7 @@ def byol_views(
     scale: tuple[float, float] = (0.08, 1.0),
     flip: float = 0.5,
     sigma: tuple[float, float] = (0.1, 2.0),
+    jitter: Jitter = (0.4, 0.4, 0.2, 0.1),
 ) -> list[View]:
     """BYOL's views (arXiv 2006.07733, appendix B): bicubic crops, mirrored before the colours change.
 
@@ -74,7 +87,7 @@ def byol_views(
         return (
             RandomResizedCrop(size=size, scale=scale),
             HorizontalFlip(p=flip),
-            ColorJitter(),
+            _colours(jitter),
             RandomGrayscale(p=_GREY),
             GaussianBlur(p=blur, sigma=sigma),
             Solarize(p=solarize),
@@ -89,16 +102,9 @@ def simclr_views(
     scale: tuple[float, float] = (0.08, 1.0),
     flip: float = 0.5,
     sigma: tuple[float, float] = (0.1, 2.0),
-    strength: float = 1.0,
+    jitter: Jitter = (0.8, 0.8, 0.8, 0.2),
 ) -> list[View]:
     """SimCLR's views (arXiv 2002.05709, appendix A): strong colours, both views alike.
-
-    Args:
-        size: see above.
-        scale: see above.
-        flip: see above.
-        sigma: see above.
-        strength: factor of the four colour strengths, the paper's s.
 
     Returns:
         The views "first" and "second", each with its own random numbers.
@@ -106,7 +112,7 @@ def simclr_views(
     chain = (
         RandomResizedCrop(size=size, scale=scale),
         HorizontalFlip(p=flip),
-        ColorJitter(brightness=0.8 * strength, contrast=0.8 * strength, saturation=0.8 * strength, hue=0.2 * strength),
+        _colours(jitter),
         RandomGrayscale(p=_GREY),
         GaussianBlur(p=0.5, sigma=sigma),
     )
@@ -119,6 +125,7 @@ def moco_v2_views(
     scale: tuple[float, float] = (0.2, 1.0),
     flip: float = 0.5,
     sigma: tuple[float, float] = (0.1, 2.0),
+    jitter: Jitter = (0.4, 0.4, 0.4, 0.1),
 ) -> list[View]:
     """MoCo v2's views (arXiv 2003.04297), which are SimSiam's too (arXiv 2011.10566): both alike, mirrored last.
 
@@ -127,7 +134,7 @@ def moco_v2_views(
     """
     chain = (
         RandomResizedCrop(size=size, scale=scale, interpolation="bilinear"),
-        ColorJitter(saturation=0.4),
+        _colours(jitter),
         RandomGrayscale(p=_GREY),
         GaussianBlur(p=0.5, sigma=sigma),
         HorizontalFlip(p=flip),

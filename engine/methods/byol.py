@@ -14,7 +14,7 @@ from ..data.chains import byol_views
 from ..data.views import View
 from ..models.heads import mlp_head
 from .base import DemoRun, Schedule
-from .joint import Encoded, JointConfig, Taught, cosine, spread
+from .joint import STRONG_JITTER, Encoded, JointConfig, Taught, cosine, spread
 from .schedules import cosine_momentum
 
 
@@ -35,11 +35,11 @@ class BYOLConfig(JointConfig):
 
     def demo(self) -> BYOLConfig:
         """A small ViT and narrower heads; a teacher that follows faster, as there are few steps."""
-        return replace(self, **self.shrunk(), hidden=512, dim=128, momentum=0.99)
+        return replace(self, **self.shrunk(), hidden=512, dim=128, momentum=0.95, jitter=STRONG_JITTER)
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
-        return DemoRun(epochs=12, batch_size=256, lr=2e-3, weight_decay=0.1)
+        return DemoRun(epochs=6, batch_size=128, lr=1e-3, weight_decay=0.01)
 
 
 class BYOL(Taught):
@@ -57,8 +57,7 @@ class BYOL(Taught):
 
     def views(self) -> list[View]:
         """Two crops; the first always blurred, the second seldom but sometimes solarised."""
-        config = self.config
-        return byol_views(config.encoder.size, scale=config.crop_scale, flip=config.flip, sigma=config.blur_sigma)
+        return byol_views(**self.config.chain())
 
     def criterion(self, encoded: Encoded, schedule: Schedule) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared distance of unit vectors, `2 - 2 cos`, the mean of each direction, both added."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ..models.backbone import BackboneConfig
 from ..models.heads import head_flops
-from ..models.vit import moco_vit, vit_base
+from ..models.vit import ViTConfig, moco_vit, vit_base
 from .base import Method, MethodConfig, MomentumPair, Schedule
+
+# For demos without negatives: the colour of a digit and of what is behind it would be all that two views need to agree.
+STRONG_JITTER = (0.8, 0.8, 0.8, 0.5)
 
 
 @dataclass(kw_only=True)
@@ -32,14 +35,24 @@ class JointConfig(MethodConfig):
     """Probability of a horizontal flip."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the view."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Strengths of the colour jitter: brightness, contrast, saturation, hue."""
 
     def shrunk(self) -> dict[str, Any]:
         """Fields of a demo: a small encoder; digits are neither mirrored nor cut up nor blurred away."""
+        encoder = self.encoder.demo()
+        if isinstance(encoder, ViTConfig):
+            encoder = replace(encoder, patch_size=8)  # a quarter of the tokens that MAE's demo needs
+        return {"encoder": encoder, "crop_scale": (0.4, 1.0), "flip": 0.0, "blur_sigma": (0.1, 0.6)}
+
+    def chain(self) -> dict[str, Any]:
+        """What the chains of `vitrail.engine.data.chains` take."""
         return {
-            "encoder": self.encoder.demo(),
-            "crop_scale": (0.4, 1.0),
-            "flip": 0.0,
-            "blur_sigma": (0.1, 0.6),
+            "size": self.encoder.size,
+            "scale": self.crop_scale,
+            "flip": self.flip,
+            "sigma": self.blur_sigma,
+            "jitter": self.jitter,
         }
 
 

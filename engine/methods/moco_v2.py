@@ -45,6 +45,8 @@ class MoCoV2Config(JointConfig):
     """Statistics of each rank, over keys that were exchanged among the ranks so that they tell nothing, or of all."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area of the random crops, as a share of the image."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strengths of the colour jitter: brightness, contrast, saturation, hue."""
 
     def build(self) -> MoCoV2:
         """Construct student and teacher, equal at the start, and a queue of random directions."""
@@ -52,11 +54,11 @@ class MoCoV2Config(JointConfig):
 
     def demo(self) -> MoCoV2Config:
         """A small network, and a queue and a teacher that suit few steps."""
-        return replace(self, **self.shrunk(), queue=4096, momentum=0.99)
+        return replace(self, **self.shrunk(), queue=4096, momentum=0.99, temperature=0.1)
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
-        return DemoRun(epochs=12, batch_size=256, lr=0.1, weight_decay=1e-4)
+        return DemoRun(epochs=6, batch_size=128, lr=0.03, weight_decay=1e-4)
 
 
 class MoCoV2(Taught):
@@ -78,8 +80,7 @@ class MoCoV2(Taught):
 
     def views(self) -> list[View]:
         """Two crops from one distribution: the query's and the key's."""
-        config = self.config
-        return moco_v2_views(config.encoder.size, scale=config.crop_scale, flip=config.flip, sigma=config.blur_sigma)
+        return moco_v2_views(**self.config.chain())
 
     def student_features(self, batch: Any) -> Tensor:
         """Features `[1, n, D]` of the first view, the queries'."""

@@ -31,8 +31,8 @@ class SimCLRConfig(JointConfig):
     """Linear layers of the projector, 3 in the second version, 2 in the first."""
     temperature: float = 0.1
     """Of the softmax."""
-    color_strength: float = 1.0
-    """Strength of the colour jitter; 0.5 suits small images (arXiv 2002.05709, B.9)."""
+    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)
+    """Strengths of the colour jitter; half of them suit small images (arXiv 2002.05709, B.9)."""
 
     def build(self) -> SimCLR:
         """Construct the network."""
@@ -40,11 +40,11 @@ class SimCLRConfig(JointConfig):
 
     def demo(self) -> SimCLRConfig:
         """A small ViT."""
-        return replace(self, **self.shrunk(), hidden=512, color_strength=0.5)
+        return replace(self, **self.shrunk(), hidden=512, jitter=(0.4, 0.4, 0.4, 0.1))
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
-        return DemoRun(epochs=12, batch_size=256, lr=2e-3, weight_decay=0.1)
+        return DemoRun(epochs=6, batch_size=128, lr=2e-3, weight_decay=0.1)
 
 
 class SimCLR(JointEmbedding):
@@ -61,14 +61,7 @@ class SimCLR(JointEmbedding):
 
     def views(self) -> list[View]:
         """Two crops from one distribution, with strong colour jitter."""
-        config = self.config
-        return simclr_views(
-            config.encoder.size,
-            strength=config.color_strength,
-            scale=config.crop_scale,
-            flip=config.flip,
-            sigma=config.blur_sigma,
-        )
+        return simclr_views(**self.config.chain())
 
     def criterion(self, encoded: Encoded, schedule: Schedule) -> tuple[Tensor, dict[str, Tensor]]:
         """NT-Xent over the images of all ranks, its mean over all views; the released code doubles it."""

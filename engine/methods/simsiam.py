@@ -13,7 +13,7 @@ from ..data.chains import moco_v2_views
 from ..data.views import View
 from ..models.heads import mlp_head
 from .base import DemoRun, Schedule
-from .joint import Encoded, JointConfig, JointEmbedding, cosine, spread
+from .joint import STRONG_JITTER, Encoded, JointConfig, JointEmbedding, cosine, spread
 
 
 @dataclass(kw_only=True)
@@ -26,6 +26,8 @@ class SimSiamConfig(JointConfig):
     """Width of the predictor's hidden layer."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area of the random crops, as a share of the image."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strengths of the colour jitter: brightness, contrast, saturation, hue."""
 
     def build(self) -> SimSiam:
         """Construct the network."""
@@ -33,11 +35,11 @@ class SimSiamConfig(JointConfig):
 
     def demo(self) -> SimSiamConfig:
         """A small ViT and narrower heads."""
-        return replace(self, **self.shrunk(), dim=512, hidden=128)
+        return replace(self, **self.shrunk(), dim=512, hidden=128, jitter=STRONG_JITTER)
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
-        return DemoRun(epochs=12, batch_size=256, lr=2e-3, weight_decay=0.1)
+        return DemoRun(epochs=6, batch_size=128, lr=5e-4, weight_decay=0.01)
 
 
 class SimSiam(JointEmbedding):
@@ -55,8 +57,7 @@ class SimSiam(JointEmbedding):
 
     def views(self) -> list[View]:
         """Two crops from one distribution."""
-        config = self.config
-        return moco_v2_views(config.encoder.size, scale=config.crop_scale, flip=config.flip, sigma=config.blur_sigma)
+        return moco_v2_views(**self.config.chain())
 
     def criterion(self, encoded: Encoded, schedule: Schedule) -> tuple[Tensor, dict[str, Tensor]]:
         """The negative cosine of each prediction with the other view's projection, the mean of both directions."""

@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")  # a training machine has no screen
 
 import matplotlib.pyplot as plt
+import numpy as np
+from numpy.typing import NDArray
 
 from ..methods.mae import Reconstruction
 
@@ -37,6 +39,37 @@ def draw_reconstructions(pictures: Reconstruction, path: Path, *, columns: int =
                 axis.set_title(name, fontsize=9)
     figure.suptitle(note, fontsize=9)
     figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_grid(
+    rows: dict[str, list[NDArray[np.uint8]]],
+    path: Path,
+    *,
+    marked: dict[str, list[bool]] | None = None,
+    note: str = "",
+) -> None:
+    """Save images in named rows of equal length.
+
+    Args:
+        rows: by name, uint8 images `[H, W, 3]`.
+        path: the PNG to write.
+        marked: by name, which images of a row get a frame.
+        note: a line above all.
+    """
+    columns = max(map(len, rows.values()))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(0.9 * columns, 1.0 * len(rows) + 0.3), squeeze=False)
+    for (name, images), line in zip(rows.items(), axes, strict=True):
+        frames = (marked or {}).get(name, [False] * columns)
+        for image, framed, axis in zip(images, frames, line, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            for side in axis.spines.values():
+                side.set(visible=framed, color="tab:red", linewidth=2.5)
+        line[0].set_ylabel(name, fontsize=8)
+    figure.suptitle(note, fontsize=8)
+    figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

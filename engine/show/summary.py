@@ -6,23 +6,31 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..data import Source, evaluation_batches
+from vitrail.kernels import knn_topk
+
+from ..data import Source, View, evaluation_batches
+from ..data.pillow import decode, execute
 from ..evaluate.features import Features, evaluation_mode, evaluation_view, extract
 from ..evaluate.knn import knn_accuracy
 from ..evaluate.linear import linear_accuracy
+from ..methods.joint import JointEmbedding
 from ..methods.mae import MAE
-from .pictures import draw_curves, draw_reconstructions
+from .pictures import draw_curves, draw_grid, draw_reconstructions
 
 if TYPE_CHECKING:
     from ..train.config import RunConfig
     from ..train.trainer import RunResult
 
-PICTURES = 16
+PICTURES = 16  # reconstructions
+COLUMNS, NEIGHBOURS = 10, 4  # of the other pictures
 
 
 def summarise(
@@ -30,8 +38,8 @@ def summarise(
 ) -> dict[str, dict[str, float]]:
     """Probe the trained features beside raw pixels and beside the same network untrained; write pictures.
 
-    Collective. Rank 0 writes `summary.json`, `curves.png` and, for a masked autoencoder, `reconstructions.png` into
-    the run's folder, and prints a table.
+    Collective. Rank 0 writes `summary.json` and `curves.png` into the run's folder, for a masked autoencoder
+    `reconstructions.png`, for methods on two views `views.png` and `neighbours.png`, and prints a table.
 
     Returns:
         On rank 0, per row of the table, accuracies `knn`, `linear`, `linear_standardised`, 0 to 1; elsewhere nothing.
@@ -56,6 +64,9 @@ def summarise(
             _paint(result.method, config, val, device, rank)
     rows = {}
     if rank == 0:
+        if isinstance(result.method, JointEmbedding):
+            _show_views(result.method, config, train)
+            _show_neighbours(*found["trained network"], view, config, train, val)
         rows = {
             name: {
                 "knn": knn_accuracy(bank, queries, neighbours=config.evaluate.neighbours),
@@ -91,6 +102,33 @@ def _paint(method: MAE, config: RunConfig, val: Source, device: torch.device, ra
         draw_reconstructions(pictures, config.train.output / "reconstructions.png", note=note)
 
 
+def _show_views(method: JointEmbedding, config: RunConfig, train: Source) -> None:
+    """Draw what the method sees of the first training images."""
+    views = method.views()
+    seen = [[_picture(train, index, view, index) for index in range(COLUMNS)] for view in views]
+    draw_grid(dict(zip((view.name for view in views), seen, strict=True)), config.train.output / "views.png")
+
+
+def _show_neighbours(
+    bank: Features, queries: Features, view: View, config: RunConfig, train: Source, val: Source
+) -> None:
+    """Draw the nearest training images of the first validation images, and mark those of another class."""
+    keys = F.normalize(bank.vectors, dim=1)
+    _, nearest = knn_topk(F.normalize(queries.vectors[:COLUMNS], dim=1), keys, NEIGHBOURS)
+    rows = {"image": [_picture(val, index, view) for index in range(COLUMNS)]}
+    wrong = {}
+    for rank, indices in enumerate(nearest.T.tolist(), start=1):
+        rows[f"nearest {rank}"] = [_picture(train, index, view) for index in indices]
+        wrong[f"nearest {rank}"] = [bool(bank.labels[i] != queries.labels[q]) for q, i in enumerate(indices)]
+    draw_grid(rows, config.train.output / "neighbours.png", marked=wrong, note="framed: another class")
+
+
+def _picture(source: Source, index: int, view: View, seed: int = 0) -> NDArray[np.uint8]:
+    """One view of one image, `[H, W, 3]`."""
+    image = decode(source.read(index))
+    return execute(view, image, view.draw(np.random.default_rng(seed), (image.height, image.width)))
+
+
 def _print(rows: dict[str, dict[str, float]], result: RunResult, config: RunConfig) -> None:
     table = Table(title=f"{result.step} steps in {result.train_seconds:.0f} s", title_justify="left")
     table.add_column("features")
@@ -100,5 +138,8 @@ def _print(rows: dict[str, dict[str, float]], result: RunResult, config: RunConf
         table.add_row(name, *(f"{100 * score:.1f} %" for score in scores.values()))
     console = Console()
     console.print(table)
-    gain = 100 * (rows["trained network"]["linear"] - rows["untrained network"]["linear"])
-    console.print(f"Training added {gain:.1f} points to the linear accuracy. Pictures: {config.train.output}/*.png")
+    knn, linear = (100 * (rows["trained network"][k] - rows["untrained network"][k]) for k in ("knn", "linear"))
+    console.print(
+        f"Training added {knn:.1f} points to the nearest-neighbour accuracy and {linear:.1f} to the linear one. "
+        f"Pictures: {config.train.output}/*.png"
+    )

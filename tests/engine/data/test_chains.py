@@ -81,9 +81,17 @@ def test_demo_changes_crops_blur_and_flips(chain):
         assert not any(isinstance(op, HorizontalFlip) for op in view.ops)  # what never happens costs nothing
 
 
-def test_strength_of_simclr_scales_all_colours():
-    jitter = simclr_views(224, strength=0.5)[0].ops[2]
-    assert (jitter.p, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (0.8, 0.4, 0.4, 0.4, 0.1)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_strengths_of_the_colours_can_be_chosen(chain):
+    for view in chain(224, jitter=(0.1, 0.2, 0.3, 0.4)):
+        (jitter,) = (op for op in view.ops if isinstance(op, ColorJitter))
+        assert (jitter.p, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (
+            0.8,
+            0.1,
+            0.2,
+            0.3,
+            0.4,
+        )
 
 
 def test_views_of_moco_v3_differ_in_blur_and_solarisation():
