@@ -106,7 +106,7 @@ class ResNet(nn.Module):
         """
         raise ValueError(
             f"freeze_patch_embed is on, but {self.config.architecture} has no patch projection: "
-            "pass --no-method.freeze-patch-embed"
+            "pass --method.no-freeze-patch-embed"
         )
 
 

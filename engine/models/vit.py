@@ -364,7 +364,7 @@ class VisionTransformer(nn.Module):
         if not isinstance(self.patch_embed, MaskedPatchEmbed):
             raise ValueError(
                 "freeze_patch_embed is on, but the convolutional stem has no patch projection: "
-                "pass --no-method.freeze-patch-embed"
+                "pass --method.no-freeze-patch-embed"
             )
         self.patch_embed.proj.requires_grad_(False)
 

@@ -124,7 +124,7 @@ def restore(path: Path, engine: DeepSpeedEngine, config: RunConfig, *, dataset: 
             changed = f"other training images; {changed}"
         raise ConfigError(
             f"{path} was written with another configuration ({changed}): restore it, choose another train.output, "
-            "or pass --no-train.resume"
+            "or pass --train.no-resume"
         )
     for name, saved, present in (
         ("ranks", description["world"], world),

@@ -64,12 +64,12 @@ def _check_cachable(method: Method, name: str) -> None:
     if not isinstance(method, JointEmbedding):
         raise ConfigError(
             f"train.grad_cache is for losses on two views, and {name} looks at each image alone: "
-            "pass --no-train.grad-cache"
+            "pass --train.no-grad-cache"
         )
     if _has_batch_norm(method):
         raise ConfigError(
             f"train.grad_cache cannot run {name} on a backbone with batch normalisation, whose statistics would be "
-            "those of a micro-batch: pass --no-train.grad-cache, and more ranks or a smaller batch"
+            "those of a micro-batch: pass --train.no-grad-cache, and more ranks or a smaller batch"
         )
 
 

@@ -142,7 +142,7 @@ def _check_gradients(config: RunConfig) -> None:
     if stage:
         raise ConfigError(
             f"optim.clip_per_tensor cannot run with train.zero_stage {stage}: ZeRO stages 1 to 3 clip flat shards by "
-            "their common norm; pass --train.zero-stage 0, or --no-optim.clip-per-tensor for the common norm"
+            "their common norm; pass --train.zero-stage 0, or --optim.no-clip-per-tensor for the common norm"
         )
 
 

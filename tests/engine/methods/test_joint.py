@@ -264,7 +264,7 @@ def test_the_patch_projection_is_frozen_unless_told_otherwise():
     assert not any(p.requires_grad for p in frozen.encoder.patch_embed.parameters())
     assert trained.first_layer()[0] is trained.encoder.patch_embed.proj.weight
     assert frozen.first_layer()[0] is frozen.encoder.blocks[0].attn.qkv.weight
-    with pytest.raises(ValueError, match=r"no patch projection.*--no-method.freeze-patch-embed"):
+    with pytest.raises(ValueError, match=r"no patch projection.*--method.no-freeze-patch-embed"):
         built("moco_v3", encoder=moco_vit(TINY, stem="conv"))
 
 

@@ -125,7 +125,7 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
         config = joint_runs.config(tmp_path, method, micro=4, **train)
         return check_comparisons(method.build(), config, world)
 
-    with pytest.raises(ConfigError, match=r"MAE looks at each image alone.*--no-train.grad-cache"):
+    with pytest.raises(ConfigError, match=r"MAE looks at each image alone.*--train.no-grad-cache"):
         refusal(MAEConfig(), grad_cache=True)
     resnet = joint_runs.replace(METHODS["moco_v2"], encoder=ResNetConfig(architecture="resnet18", image_size=32))
     with pytest.raises(ConfigError, match="backbone with batch normalisation"):
