@@ -11,27 +11,35 @@ import torch
 from ..data import DataError, Source, open_source
 from . import optimizers
 from .config import ConfigError, RunConfig, TrainingError
-from .demo import shrink
+from .demo import provoke, shrink
 from .grad_cache import check_comparisons
+
+PROVOKE = "--provoke"
 
 
 def launch(recipe: Callable[[], RunConfig], argv: Sequence[str] | None = None) -> None:
     """Run a recipe: apply the command line, open the data, train.
 
-    `--demo` shrinks the recipe to the bundled images and a small model; every other flag is a dotted field of
-    `RunConfig`. Mistakes of the user end the process with status 2 and one line on stderr, before a GPU is touched; a
-    run that the guard has ended, with status 3.
+    `--demo` shrinks the recipe to the bundled images and a small model; with `--provoke` beside it, the demo is run
+    again at a learning rate that is far too high, with the patch projection frozen and trained, to show what the guard
+    sees. Every other flag is a dotted field of `RunConfig`. Mistakes of the user end the process with status 2 and one
+    line on stderr, before a GPU is touched; a run that the guard has ended, with status 3.
 
     Args:
         recipe: returns the whole configuration.
         argv: arguments; None takes the process's own.
     """
     try:
-        config, demo = parse(recipe, sys.argv[1:] if argv is None else argv)
+        arguments = sys.argv[1:] if argv is None else argv
+        config, demo = parse(recipe, arguments)
         config.accumulation(int(os.environ.get("WORLD_SIZE", "1")))  # refuses a batch that does not divide
         optimizers.choose(config)  # refuses an optimiser that cannot run
         check_method(config)
-        _train(config, open_source(config.data, "train"), open_source(config.data, "val"), demo=demo)
+        sources = open_source(config.data, "train"), open_source(config.data, "val")
+        if PROVOKE in arguments:
+            _provoke(config, *sources)
+        else:
+            _train(config, *sources, demo=demo)
     except (ConfigError, DataError, TrainingError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line that the user must see
@@ -60,19 +68,23 @@ def parse(recipe: Callable[[], RunConfig], argv: Sequence[str]) -> tuple[RunConf
     ends the process with status 2 and names the nearest known one.
 
     Raises:
-        ConfigError: there are no images to train on.
+        ConfigError: there are no images to train on, or a run that is not the demo is to be ruined.
     """
     import tyro  # here, so that the rest of this package serves where nobody parses a command line
 
     demo = "--demo" in argv
-    flags = [flag for flag in argv if flag != "--demo" and not flag.startswith(("--local_rank=", "--local-rank="))]
+    if PROVOKE in argv and not demo:
+        raise ConfigError(f"{PROVOKE} ruins a run on purpose and is for the demo alone: pass --demo as well")
+    dropped = ("--local_rank=", "--local-rank=")
+    flags = [flag for flag in argv if flag not in ("--demo", PROVOKE) and not flag.startswith(dropped)]
     default = shrink(recipe()) if demo else recipe()
     config = tyro.cli(
         RunConfig,
         default=default,
         args=flags,
         prog=os.path.basename(sys.argv[0]),
-        description="Any field of the recipe can be overridden; --demo runs it on bundled images in minutes.",
+        description="Any field of the recipe can be overridden; --demo runs it on bundled images in minutes, and "
+        f"{PROVOKE} with it shows an unstable run beside a stable one.",
     )
     if not config.data.path and config.data.source in ("auto", "folder", "tar", "list"):
         raise ConfigError(
@@ -93,3 +105,19 @@ def _train(config: RunConfig, train: Source, val: Source | None, *, demo: bool) 
         from ..show.summary import summarise
 
         summarise(result, config, train=train, val=val, rank=rank, world=world, device=device)
+
+
+def _provoke(config: RunConfig, train: Source, val: Source | None) -> None:
+    """Run the variants of a demo that `provoke` names, and compare what became of them."""
+    from ..show.instability import compare
+    from .ds import start_processes
+    from .trainer import Trainer
+
+    variants = provoke(config)
+    rank, world, device = start_processes()
+    for name, variant in variants.items():
+        if rank == 0:
+            print(f"\npatch projection {name}")  # noqa: T201 - a heading for what follows
+        Trainer(variant, train=train, val=val, rank=rank, world=world, device=device).run()
+    if rank == 0:
+        compare({name: variant.train.output for name, variant in variants.items()}, config.train.output)
