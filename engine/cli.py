@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,17 +15,17 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import Positional
 
 from .data import DataConfig, DataError, Source, open_source
 
-PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "xformers", "transformers", "timm", "apex")
+PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "xformers", "transformers", "timm", "torchvision", "apex")
 """Packages beside torch and triton whose versions decide what runs."""
 
 
 def doctor() -> None:
-    """Show versions, devices, optimisers and what each implementation of each op can do here."""
+    """Show versions, devices, options of training, optimisers and what each implementation of each op can do here."""
     from vitrail.kernels import report
 
     from .models.attention import attention_backend
@@ -38,6 +39,7 @@ def doctor() -> None:
     table.add_row("DALI decodes", _dali(device))
     console = Console()
     console.print(table)
+    console.print(_training())
     console.print(_optimisers(device))
     for part in (report.environment(), report.flags(), report.support()):
         console.print(part)
@@ -99,6 +101,23 @@ def main() -> None:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line that the user must see
         raise SystemExit(2) from None
+
+
+def _training() -> Table:
+    """Options that decide what a run computes and how it is watched, with the flags that choose."""
+    from .train.guard import POLICIES
+
+    flags = Column("flag", no_wrap=True)
+    table = Table("option", flags, "what it takes", title="training", title_justify="left")
+    resnets = "installed" if importlib.util.find_spec("torchvision") else "missing: pip install torchvision"
+    table.add_row("ResNet backbones", "recipes/*_r50.py", f"torchvision, {resnets}")
+    table.add_row("frozen patch projection", "--method.freeze-patch-embed", "a vision transformer without ConvStem")
+    table.add_row("loss over the whole batch", "--train.grad-cache", "two views, no batch norm in the backbone")
+    table.add_row("batch statistics of all ranks", "as the method has it", "any backend: gloo on CPUs, NCCL on GPUs")
+    table.add_row("decay of vectors too", "--optim.decay all", "any optimiser but LARS")
+    for kind, policies in POLICIES.items():
+        table.add_row(f"guard: {kind}", f"--guard.{kind}", " | ".join(policies))
+    return table
 
 
 def _optimisers(device: torch.device) -> Table:

@@ -68,8 +68,10 @@ def _draw(runs: dict[str, Path], path: Path) -> None:
             axis.set_yscale("log" if logarithmic else "linear")
             for step, alarm in alarms:
                 axis.axvline(step, color=ALARM_COLOURS[alarm], linestyle="--", linewidth=0.8)
-            axis.set_title(f"{quantity.replace('_', ' ')}, patch projection {name}", fontsize=9)
             axis.grid(alpha=0.3)
+        line[0].set_ylabel(name.replace(", ", "\n"), fontsize=9)
+    for axis, (_, quantity, _) in zip(axes[0], PANELS, strict=True):
+        axis.set_title(quantity.replace("_", " "), fontsize=10)
     for kind in sorted({alarm for metrics in runs.values() for _, alarm in read_alarms(metrics)}):
         axes[0, 0].plot([], [], color=ALARM_COLOURS[kind], linestyle="--", label=f"alarm: {kind}")
     axes[0, 0].legend(fontsize=7)

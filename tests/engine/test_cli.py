@@ -41,6 +41,13 @@ def test_doctor_names_versions_implementations_and_reasons(vitrail):
         assert word in text
 
 
+def test_doctor_names_the_options_of_training(vitrail):
+    _, text = vitrail("doctor")
+    for flag in ("--method.freeze-patch-embed", "--train.grad-cache", "--optim.decay all", "--guard.spike"):
+        assert flag in text
+    assert "warn | rollback | stop" in text
+
+
 def test_doctor_says_whose_optimiser_runs_and_why_the_others_do_not(vitrail):
     """Tables wrap their cells, so the words of a column are put together again."""
     _, text = vitrail("doctor")
