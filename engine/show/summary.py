@@ -104,9 +104,11 @@ def _paint(method: MAE, config: RunConfig, val: Source, device: torch.device, ra
 
 def _show_views(method: JointEmbedding, config: RunConfig, train: Source) -> None:
     """Draw what the method sees of the first training images."""
-    views = method.views()
-    seen = [[_picture(train, index, view, index) for index in range(COLUMNS)] for view in views]
-    draw_grid(dict(zip((view.name for view in views), seen, strict=True)), config.train.output / "views.png")
+    rows = {
+        view.name: [_picture(train, index, view, seed=number * COLUMNS + index) for index in range(COLUMNS)]
+        for number, view in enumerate(method.views())
+    }
+    draw_grid(rows, config.train.output / "views.png")
 
 
 def _show_neighbours(
