@@ -35,11 +35,11 @@ class BYOLConfig(JointConfig):
 
     def demo(self) -> BYOLConfig:
         """A small ViT and narrower heads; a teacher that follows faster, as there are few steps."""
-        return replace(self, **self.shrunk(), hidden=512, dim=128, momentum=0.95, jitter=STRONG_JITTER)
+        return replace(self, **self.shrunk(), hidden=512, dim=128, momentum=0.99, jitter=STRONG_JITTER)
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
-        return DemoRun(epochs=6, batch_size=128, lr=1e-3, weight_decay=0.01)
+        return DemoRun(epochs=4, batch_size=128, lr=3e-4, weight_decay=0.01)
 
 
 class BYOL(Taught):
