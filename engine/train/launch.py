@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 
@@ -117,7 +118,9 @@ def _provoke(config: RunConfig, train: Source, val: Source | None) -> None:
     rank, world, device = start_processes()
     for name, variant in variants.items():
         if rank == 0:
+            shutil.rmtree(variant.train.output, ignore_errors=True)  # alarms of an earlier comparison
             print(f"\npatch projection {name}")  # noqa: T201 - a heading for what follows
+        torch.distributed.barrier()
         Trainer(variant, train=train, val=val, rank=rank, world=world, device=device).run()
     if rank == 0:
         compare({name: variant.train.output for name, variant in variants.items()}, config.train.output)
