@@ -39,10 +39,14 @@ from torch.utils.dlpack import from_dlpack
 
 from vitrail.engine.data import (
     CenterCrop,
+    ColorJitter,
     DataConfig,
+    GaussianBlur,
     HorizontalFlip,
+    RandomGrayscale,
     RandomResizedCrop,
     Resize,
+    Solarize,
     View,
     build_loader,
     open_source,
@@ -64,7 +68,21 @@ OPS: tuple[Op, ...] = (
     HorizontalFlip(p=1.0),
     Resize(size=256),
     CenterCrop(size=224),
+    ColorJitter(p=1.0),
+    RandomGrayscale(p=1.0),
+    GaussianBlur(p=1.0),
+    Solarize(p=1.0),
 )
+# torchvision's functions on tensors do not round between the adjustments of a jitter, and blur by another kernel than
+# Pillow: other pixels, so no peer.
+WITHOUT_TORCHVISION = (ColorJitter, GaussianBlur)
+# DALI turns hues and blurs by arithmetic of its own: up to half a grey level in the mean. torchvision cuts the fraction
+# of a grey value off, Pillow rounds it.
+OP_ALLOWED: dict[type, dict[str, float]] = {
+    ColorJitter: {"DALI": 1.0, "DALI GPU": 2.0},
+    GaussianBlur: {"DALI": 1.0, "DALI GPU": 2.0},
+    RandomGrayscale: {"torchvision": 0.6},
+}  # grey levels
 
 
 def view_sets() -> dict[str, Sequence[View]]:
@@ -350,6 +368,10 @@ def torchvision_op(op: Op, job: Job) -> Feed:
             return F.horizontal_flip(image) if params[0] else image
         if isinstance(op, Resize):
             return F.resize(image, params, InterpolationMode(op.interpolation), antialias=True)
+        if isinstance(op, RandomGrayscale):
+            return F.rgb_to_grayscale(image, num_output_channels=3)
+        if isinstance(op, Solarize):
+            return F.solarize(image, op.threshold)
         if isinstance(op, CenterCrop):
             return rows(F.center_crop(image, params[2:])).contiguous().permute(2, 0, 1)
         raise TypeError(f"{type(op).__name__} has no torchvision form in this benchmark; add it")
@@ -359,6 +381,7 @@ def torchvision_op(op: Op, job: Job) -> Feed:
 
 
 def operation(op: Op) -> LoaderCase:
+    peer = {} if isinstance(op, WITHOUT_TORCHVISION) else {"torchvision": partial(torchvision_op, op)}
     return LoaderCase(
         name=f"{type(op).__name__} alone",
         shape=lambda job: {**some(job).shape, "bytes": HEIGHT * WIDTH * 3},
@@ -367,8 +390,9 @@ def operation(op: Op) -> LoaderCase:
             "DALI": partial(dali_op, op, gpu=False),
             "DALI GPU": partial(dali_op, op, gpu=True),
             "Pillow": partial(pillow_op, op),
-            "torchvision": partial(torchvision_op, op),
+            **peer,
         },
+        allowed=OP_ALLOWED.get(type(op), {}),
     )
 
 

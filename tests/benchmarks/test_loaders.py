@@ -67,7 +67,8 @@ def test_every_implementation_computes_the_truth(case, job):
         outcome, feeds = prepare(case, job, closing)
         assert not outcome.failed
         assert feeds.keys() | outcome.absent.keys() == case.implementations.keys()
-        assert {"Pillow", "torchvision"} <= feeds.keys()
+        alone = case.name in ("ColorJitter alone", "GaussianBlur alone")
+        assert {"Pillow"} | (set() if alone else {"torchvision"}) <= feeds.keys()
 
 
 def test_only_random_views_are_compared_by_statistics(job):
