@@ -68,11 +68,11 @@ class DemoRun:
     batch_size: int = 128
     """Images per step, over all ranks."""
     lr: float = 4e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of the recipe's optimiser."""
     warmup_epochs: float = 1
     """Epochs of linear warm-up."""
     weight_decay: float = 0.05
-    """Of AdamW."""
+    """Of that optimiser."""
 
 
 @dataclass(kw_only=True)

@@ -111,7 +111,7 @@ class GradientCache:
                     encoded.append(self.method.encode(batch, schedule))
             whole = _concatenated(encoded)
             del encoded
-            loss, metrics = self.method.criterion(whole, schedules[-1])
+            loss, metrics = self.method.criterion(whole, schedules[self.with_heads])
         (gradient,) = torch.autograd.grad(loss, whole.student)
         whole.student.requires_grad_(False)
         settle_statistics(self.method, applied=False)  # the heads will see the same batch again

@@ -70,6 +70,8 @@ def runs(scratch: Path) -> Any:
     for stage in (0, 2, 3):
         output = scratch / f"moco_v3 cached {stage}"
         report[output.name] = train(config(output, METHODS["moco_v3"], micro=4, grad_cache=True, zero_stage=stage))
+    output = scratch / "moco_v2 cached 3"
+    report[output.name] = train(config(output, METHODS["moco_v2"], micro=4, grad_cache=True, zero_stage=3))
     output = scratch / "moco_v3 accumulated"
     report[output.name] = train(config(output, METHODS["moco_v3"], micro=4, accumulation=4 // world))
     output = scratch / "moco_v3 bf16"

@@ -75,6 +75,12 @@ def test_cached_gradients_in_every_stage(one, two, ranks, stage):
     assert_same_run((one if ranks == 1 else two, f"moco_v3 cached {stage}"), (one, "moco_v3"))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cached_keys_enter_the_queue_once_in_stage_3(one, two, ranks):
+    """There the heads are trained with the first micro-batch, elsewhere with the last."""
+    assert_same_run((one if ranks == 1 else two, "moco_v2 cached 3"), (one, "moco_v2"))
+
+
 def test_cached_gradients_under_autocast(one):
     """The same products in bf16, summed in another order; a few steps later the two runs have parted."""
     plain, cached = one.reports["moco_v3 bf16"], one.reports["moco_v3 bf16 cached"]
