@@ -102,6 +102,9 @@ class Method(nn.Module, ABC):
     compares_images = False
     """Whether the loss compares the images of a micro-batch with each other: accumulation then changes what it is."""
 
+    compares_regions = False
+    """Whether the loss compares parts of images with each other: their correspondence then tells what it learned."""
+
     @abstractmethod
     def views(self) -> list[View]:
         """The crops and augmentations that `forward` needs, as data."""
@@ -162,6 +165,10 @@ class Method(nn.Module, ABC):
 
         The teachers of `momentum_pairs` have been updated by then.
         """
+
+    def backbone(self) -> nn.Module:
+        """The network that is kept after pre-training and shown in pictures: DINO's is the teacher's."""
+        raise NotImplementedError(f"{type(self).__name__} must define backbone to be shown or exported")
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:

@@ -120,6 +120,11 @@ class JointEmbedding(Method):
     def criterion(self, encoded: Encoded, schedule: Schedule) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of features, and detached scalars to log."""
 
+    def backbone(self) -> nn.Module:
+        """The trained encoder."""
+        network: nn.Module = self.encoder
+        return network
+
     def features(self, images: Tensor) -> Tensor:
         """The encoder's vector of an image, before any head: `[B, D]`."""
         return self.encoder.forward_features(images).float()

@@ -135,6 +135,10 @@ class MAE(Method):
             pad_to=pred.shape[-1],
         )
 
+    def backbone(self) -> nn.Module:
+        """The encoder."""
+        return self.encoder
+
     def features(self, images: Tensor) -> Tensor:
         """Mean of the patch tokens of the whole image, `[B, D]`."""
         return self.encoder(images)[:, self.encoder.num_prefix :].float().mean(dim=1)
