@@ -1,7 +1,7 @@
-"""The published two-view chains of the joint-embedding methods, as views.
+"""The published chains of the joint-embedding methods, as views.
 
-They are made of the same operations; the order, the strengths and what the second view does make the difference. All
-take the same arguments, those that a demo on small images has to change:
+They are made of the same operations; the order, the strengths and what each view does make the difference. All take
+the same arguments, those that a demo on small images has to change:
 
     size: side of the views in pixels, or (height, width).
     scale: smallest and largest share of the image's area that is cropped.
@@ -32,9 +32,12 @@ Jitter: TypeAlias = tuple[float, float, float, float]
 _GREY = 0.2  # probability, in all of them
 
 
+def _view(name: str, ops: tuple[Op, ...]) -> View:
+    return View(name=name, ops=tuple(op for op in ops if getattr(op, "p", 1.0) > 0.0))
+
+
 def _pair(first: tuple[Op, ...], second: tuple[Op, ...]) -> list[View]:
-    chains = {"first": first, "second": second}
-    return [View(name=name, ops=tuple(op for op in ops if getattr(op, "p", 1.0) > 0.0)) for name, ops in chains.items()]
+    return [_view("first", first), _view("second", second)]
 
 
 def _colours(jitter: Jitter) -> ColorJitter:
@@ -140,3 +143,52 @@ def moco_v2_views(
         HorizontalFlip(p=flip),
     )
     return _pair(chain, chain)
+
+
+def dino_views(
+    size: int | ImageSize,
+    local_size: int | ImageSize,
+    *,
+    locals: int = 8,
+    scale: tuple[float, float] = (0.4, 1.0),
+    local_scale: tuple[float, float] = (0.05, 0.4),
+    flip: float = 0.5,
+    sigma: tuple[float, float] = (0.1, 2.0),
+    jitter: Jitter = (0.4, 0.4, 0.2, 0.1),
+) -> list[View]:
+    """DINO's crops (arXiv 2104.14294 and its released code), which are EsViT's too: two large, several small ones.
+
+    Colours are BYOL's. The longest of DINO's published runs crop (0.25, 1) and (0.05, 0.25) of the image, with ten
+    small crops.
+
+    Args:
+        size: As above, of the two global crops: 224 as published.
+        local_size: Side of the local crops in pixels, or (height, width): 96 as published.
+        locals: How many local crops, at least 0.
+        scale: As above, of the global crops.
+        local_scale: As above, of the local crops.
+        flip: As above.
+        sigma: As above; in pixels of the crop, small or large.
+        jitter: As above.
+
+    Returns:
+        The views "global 1", always blurred, "global 2", seldom blurred and sometimes solarised, and "local 1" and so
+        on, blurred half the time. Every one draws its own random numbers.
+    """
+
+    def chain(size: int | ImageSize, scale: tuple[float, float], blur: float, solarize: float) -> tuple[Op, ...]:
+        return (
+            RandomResizedCrop(size=size, scale=scale),
+            HorizontalFlip(p=flip),
+            _colours(jitter),
+            RandomGrayscale(p=_GREY),
+            GaussianBlur(p=blur, sigma=sigma),
+            Solarize(p=solarize),
+        )
+
+    local = chain(local_size, local_scale, 0.5, 0.0)
+    return [
+        _view("global 1", chain(size, scale, 1.0, 0.0)),
+        _view("global 2", chain(size, scale, 0.1, 0.2)),
+        *(_view(f"local {number + 1}", local) for number in range(locals)),
+    ]

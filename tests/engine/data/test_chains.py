@@ -17,7 +17,7 @@ from vitrail.engine.data import (
     build_loader,
     open_source,
 )
-from vitrail.engine.data.chains import byol_views, moco_v2_views, moco_v3_views, simclr_views
+from vitrail.engine.data.chains import byol_views, dino_views, moco_v2_views, moco_v3_views, simclr_views
 from vitrail.engine.data.order import sample_rng
 
 CHAINS = [moco_v3_views, byol_views, simclr_views, moco_v2_views]
@@ -92,6 +92,32 @@ def test_strengths_of_the_colours_can_be_chosen(chain):
             0.3,
             0.4,
         )
+
+
+def test_multi_crop_is_the_published_one():
+    small = RandomResizedCrop(size=96, scale=(0.05, 0.4), ratio=(3 / 4, 4 / 3), interpolation="bicubic")
+    local = (small, FLIP, MILD, GREY, blur(0.5))
+    views = dino_views(224, 96)
+    assert [view.name for view in views] == ["global 1", "global 2", *(f"local {i}" for i in range(1, 9))]
+    assert [view.ops for view in views] == [
+        (crop(0.4, "bicubic"), FLIP, MILD, GREY, blur(1.0)),
+        (crop(0.4, "bicubic"), FLIP, MILD, GREY, blur(0.1), Solarize(p=0.2, threshold=128)),
+        *[local] * 8,
+    ]
+
+
+def test_multi_crop_changes_with_its_arguments():
+    options = {"scale": (0.25, 1.0), "local_scale": (0.05, 0.25), "flip": 0.0, "sigma": (0.1, 0.4)}
+    views = dino_views((32, 48), 16, locals=10, **options, jitter=(0.1, 0.2, 0.3, 0.4))
+    assert [view.size for view in views] == [(32, 48)] * 2 + [(16, 16)] * 10
+    assert [view.ops[0].scale for view in views] == [(0.25, 1.0)] * 2 + [(0.05, 0.25)] * 10
+    for view in views:
+        kinds = {type(op): op for op in view.ops}
+        assert HorizontalFlip not in kinds
+        assert kinds[GaussianBlur].sigma == (0.1, 0.4)
+        jitter = kinds[ColorJitter]
+        assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (0.1, 0.2, 0.3, 0.4)
+    assert dino_views((32, 48), 16, locals=0, **options, jitter=(0.1, 0.2, 0.3, 0.4)) == views[:2]
 
 
 def test_views_of_moco_v3_differ_in_blur_and_solarisation():
