@@ -14,7 +14,7 @@ from .lars import FusedLARS, lars_
 from .losses import CLIPLoss, InfoNCELoss, KoLeoLoss, NTXentLoss, PrototypeCrossEntropy
 from .masked_patch_gather import masked_patch_gather
 from .masked_patch_loss import masked_patch_loss
-from .modules import MaskedPatchEmbed
+from .modules import MaskedPatchEmbed, WindowAttention
 from .multi_tensor_ema import multi_tensor_ema_
 from .multi_tensor_norm import multi_tensor_clip_, multi_tensor_norm
 from .multi_tensor_scale import multi_tensor_scale_
@@ -27,6 +27,7 @@ from .restore_tokens import restore_tokens
 from .sinkhorn_knopp import sinkhorn_center, sinkhorn_knopp
 from .softmax_col_pass import softmax_col_pass
 from .softmax_row_pass import softmax_row_pass
+from .window_attention import window_attention
 
 __all__ = [
     "CLIPLoss",
@@ -39,6 +40,7 @@ __all__ = [
     "NTXentLoss",
     "PrototypeCrossEntropy",
     "UnsupportedError",
+    "WindowAttention",
     "adamw_ema_",
     "clip_loss",
     "cross_view_match",
@@ -66,4 +68,5 @@ __all__ = [
     "softmax_col_pass",
     "softmax_row_pass",
     "update_center_",
+    "window_attention",
 ]

@@ -8,6 +8,7 @@ from torch import nn
 
 from .masked_patch_gather import masked_patch_gather
 from .patches import CHANNELS, check_images, check_normalisation, patch_width
+from .window_attention import window_attention
 
 ALIGNMENT = 8  # values; 16 bytes of bf16, what cuBLAS's fast kernels and wide loads ask of a row
 
@@ -117,4 +118,86 @@ class MaskedPatchEmbed(nn.Module):
             impl=self.impl,
         )
         projected: torch.Tensor = self.proj(patches)
+        return projected
+
+
+class QKVProjection(nn.Linear):
+    """The joint projection to queries, keys and values, which also hands out what it makes of a token of zeros.
+
+    Args:
+        dim: Width C of the tokens.
+        bias: Whether there is one.
+    """
+
+    def __init__(self, dim: int, bias: bool = True) -> None:
+        super().__init__(dim, 3 * dim, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Projects [..., C] to [..., 3 C]; returns that and the bias [3 C], if there is one."""
+        # Only here: a parameter may exist just while the module that owns it runs (DeepSpeed ZeRO-3).
+        return super().forward(x), None if self.bias is None else self.bias.clone()
+
+
+class WindowAttention(nn.Module):
+    """Swin's (shifted) window attention on maps, with both projections. Nothing is rolled, partitioned or masked.
+
+    The state-dict keys are `qkv.weight`, `qkv.bias`, `proj.weight`, `proj.bias` and `relative_position_bias_table`, as
+    in timm and the official models (Liu et al. 2021, arXiv 2103.14030), which have a table of indices besides.
+
+    Args:
+        dim: Width C of the tokens.
+        num_heads: Number of heads; a divisor of C.
+        window_size: Side of a window in tokens, 1 to 16.
+        shift: Of the windows, 0 to window_size - 1.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        impl: Implementation of the attention: `auto`, `triton` or `reference`.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int = 7,
+        shift: int = 0,
+        qkv_bias: bool = True,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}; choose a divisor of the width")
+        if not 0 <= shift < window_size:
+            raise ValueError(f"shift must be between 0 and window_size - 1 = {window_size - 1}, got {shift}")
+        self.num_heads, self.window_size, self.shift, self.impl = num_heads, window_size, shift, impl
+        self.qkv = QKVProjection(dim, qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def extra_repr(self) -> str:
+        """Returns what the submodules do not show."""
+        return f"heads={self.num_heads}, window_size={self.window_size}, shift={self.shift}, impl={self.impl!r}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attends within windows.
+
+        Args:
+            x: [B, H, W, C]: a map of any size; what its last windows lack is padded with zeros.
+
+        Returns:
+            [B, H, W, C].
+        """
+        qkv, bias = self.qkv(x)
+        attended = window_attention(
+            qkv,
+            self.relative_position_bias_table,
+            window_size=self.window_size,
+            shift=self.shift,
+            num_heads=self.num_heads,
+            qkv_bias=bias,
+            impl=self.impl,
+        )
+        projected: torch.Tensor = self.proj(attended)
         return projected
