@@ -135,7 +135,7 @@ class MAE(Method):
             pad_to=pred.shape[-1],
         )
 
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> VisionTransformer:
         """The encoder."""
         return self.encoder
 

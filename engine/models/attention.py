@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .packing import Packing
+
 AttentionBackend = Literal["auto", "sdpa", "xformers", "math"]
 
 
@@ -40,18 +42,22 @@ def attention_backend(requested: AttentionBackend, device: torch.device) -> tupl
     return "math", "on CPU explicit matrix products are faster than scaled_dot_product_attention at ViT sizes"
 
 
-def attend(*packed: Tensor, heads: int, backend: AttentionBackend = "auto") -> Tensor:
+def attend(*packed: Tensor, heads: int, backend: AttentionBackend = "auto", packing: Packing | None = None) -> Tensor:
     """Softmax attention `softmax(q k^T / sqrt(d)) v`, straight from the output of the projection.
 
     Args:
         packed: `[q | k | v]` as one tensor `[B, N, 3 D]`, or queries `[B, N, D]` and `[k | v]` `[B, M, 2 D]`.
         heads: h; a head is d = D / h wide.
         backend: see `attention_backend`.
+        packing: how images lie in the one sequence (B = 1); each attends to itself alone. Queries are those of all
+            tokens, or one of each image.
 
     Returns:
         `[B, N, D]` in the dtype of the input; the softmax accumulates in float32.
     """
     chosen, _ = attention_backend(backend, packed[0].device)
+    if packing is not None:
+        return _attend_packed(packed, heads, chosen, packing)
     if chosen == "math":
         with torch.autocast(packed[0].device.type, enabled=False):
             return _CacheBlockedAttention.apply(heads, *packed)
@@ -62,6 +68,41 @@ def attend(*packed: Tensor, heads: int, backend: AttentionBackend = "auto") -> T
         return memory_efficient_attention(query, key, value).flatten(2)
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2).flatten(2)
+
+
+def _attend_packed(packed: Sequence[Tensor], heads: int, backend: str, packing: Packing) -> Tensor:
+    """Attention among the tokens of each image of a sequence `[1, N, D]`.
+
+    In one pass with xformers, and with PyTorch's kernel for sequences of any length where it runs: 16 bits on a GPU.
+    """
+    per_image = packed[0].shape[1] == packing.images != packing.tokens  # queries of one token of each image
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        keys = packing.lengths()
+        bias = BlockDiagonalMask.from_seqlens([1] * len(keys) if per_image else keys, keys)
+        return memory_efficient_attention(*_split(packed, heads), attn_bias=bias).flatten(2)
+    if backend == "sdpa" and packed[0].is_cuda and packed[0].dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = (part[0] for part in _split(packed, heads))
+        ends = [
+            F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(query.device)
+            for lengths in ([1] * packing.images if per_image else packing.lengths(), packing.lengths())
+        ]
+        longest = max(packing.lengths())
+        out: Tensor = varlen_attn(query, key, value, *ends, 1 if per_image else longest, longest)
+        return out.flatten(1)[None]
+    parts, places = [], [0] * len(packed)
+    for images, tokens in packing.groups:
+        group = []
+        for i, tensor in enumerate(packed):
+            rows = images if per_image and i == 0 else images * tokens
+            group.append(tensor[0, places[i] : places[i] + rows].unflatten(0, (images, -1)))
+            places[i] += rows
+        parts.append(attend(*group, heads=heads, backend="math" if backend == "math" else "sdpa").flatten(0, 1))
+    return torch.cat(parts)[None]
 
 
 def _split(packed: Sequence[Tensor], heads: int) -> list[Tensor]:
@@ -168,6 +209,6 @@ class Attention(nn.Module):
         self.qkv = QKVLinear(width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, *packed: Tensor) -> Tensor:
+    def forward(self, *packed: Tensor, packing: Packing | None = None) -> Tensor:
         """Attend and project; takes what `attend` takes, returns `[B, N, D]`."""
-        return self.proj(attend(*packed, heads=self.heads, backend=self.backend))
+        return self.proj(attend(*packed, heads=self.heads, backend=self.backend, packing=packing))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .batch_norm import BatchNorm
+from .initialisation import truncated_init_
 
 LastNorm = Literal["none", "plain", "scale"]
 """After the last layer: nothing, batch normalisation without parameters, or with a scale but no shift."""
@@ -53,6 +57,70 @@ def mlp_head(
     return nn.Sequential(*layers)
 
 
+class Prototypes(nn.Module):
+    """The last layer of DINO's head: K directions with lengths, which features are multiplied with (weight norm).
+
+    The parameters are those of `torch.nn.utils.weight_norm`, so that the released checkpoints fit. The products are not
+    here but in the loss, which never holds all of them.
+
+    Args:
+        count: number K of prototypes.
+        width: width d of the features.
+        trained_length: whether the lengths, 1 at the start, are trained.
+    """
+
+    def __init__(self, count: int, width: int, *, trained_length: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=trained_length)
+        self.weight_v = nn.Parameter(torch.empty(count, width))
+        bound = 1 / math.sqrt(width)  # what the official head leaves it at: the default of a linear layer
+        nn.init.uniform_(self.weight_v, -bound, bound)
+
+    def forward(self) -> Tensor:
+        """The prototypes `[K, d]`."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
+
+class DINOHead(nn.Module):
+    """The head of DINO, EsViT and iBOT: three linear layers with GELU, unit length, prototypes.
+
+    State-dict keys are those of the released checkpoints: `mlp.{0,2,4}` (`mlp.{0,3,6}` with batch normalisation),
+    `last_layer.weight_g`, `last_layer.weight_v`.
+
+    Args:
+        width: of the input.
+        prototypes: number K of prototypes.
+        hidden: width of the hidden layers.
+        bottleneck: width d of the vector that prototypes are multiplied with.
+        batch_norm: whether batch normalisation follows the hidden layers.
+        trained_length: whether the lengths of the prototypes are trained.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        prototypes: int = 65_536,
+        *,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        batch_norm: bool = False,
+        trained_length: bool = False,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise((width, hidden, hidden)):
+            layers += [nn.Linear(before, after), *([BatchNorm(after)] if batch_norm else []), nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        truncated_init_(self.mlp)
+        self.last_layer = Prototypes(prototypes, bottleneck, trained_length=trained_length)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[N, width]` to unit vectors `[N, d]`, float32 at least, and the prototypes `[K, d]`."""
+        x = self.mlp(x)
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1), self.last_layer()
+
+
 def head_flops(head: nn.Module) -> float:
     """Floating-point operations of a head on one vector, forward, two per multiply-accumulate."""
-    return sum(2.0 * m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))
+    linear = sum(2.0 * m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))
+    return linear + sum(2.0 * m.weight_v.numel() for m in head.modules() if isinstance(m, Prototypes))

@@ -10,7 +10,8 @@ from vitrail.kernels import restore_tokens
 
 from .attention import AttentionBackend
 from .positions import sincos_positions
-from .vit import NORM_EPS, Block, run_block, xavier_init_
+from .initialisation import xavier_init_
+from .vit import NORM_EPS, Block, run_block
 
 
 class PaddedLinear(nn.Linear):

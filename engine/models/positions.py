@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,3 +38,32 @@ def sincos_positions(
     halves = [per_row, per_column] if rows_first else [per_column, per_row]
     table = torch.cat(halves, dim=2).reshape(1, grid[0] * grid[1], width)
     return torch.cat([table.new_zeros(1, prefix, width), table], dim=1).float()
+
+
+def resize_positions(
+    table: Tensor, grid: tuple[int, int], to: tuple[int, int], *, prefix: int = 1, offset: float = 0.0
+) -> Tensor:
+    """Stretch a learned table to another grid by bicubic interpolation without antialiasing; differentiable.
+
+    A target patch i reads at `(i + 1/2) n / (m + offset) - 1/2` of n source patches, where m is the new count.
+
+    Args:
+        table: `[1, prefix + rows * columns, D]`.
+        grid: (rows, columns) of the table.
+        to: (rows, columns) wanted.
+        prefix: leading rows that belong to no patch; they stay.
+        offset: 0 for a plain resize. DINO's and iBOT's released code adds 0.1 to the new counts, to guard against
+            rounding, and its checkpoints were trained with the slightly shifted positions that follow from it.
+
+    Returns:
+        `[1, prefix + to[0] * to[1], D]`; the table itself where the grids are equal.
+    """
+    if grid == to:
+        return table
+    patches = table[:, prefix:].reshape(1, *grid, -1).permute(0, 3, 1, 2)
+    if offset:
+        scale = [(new + offset) / old for new, old in zip(to, grid, strict=True)]
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
+    else:
+        patches = F.interpolate(patches, size=to, mode="bicubic")
+    return torch.cat([table[:, :prefix], patches.flatten(2).transpose(1, 2)], dim=1)

@@ -8,15 +8,18 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.kernels import MaskedPatchEmbed
+from vitrail.kernels.patches import image_size
 
-from .attention import Attention, AttentionBackend, QKVLinear
+from .attention import Attention, AttentionBackend
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
 from .batch_norm import BatchNorm
 from .conv_stem import ConvStem, stem_flops
-from .positions import sincos_positions
+from .initialisation import moco_v3_init_, truncated_init_, xavier_init_
+from .packing import Packing, pack
+from .positions import resize_positions, sincos_positions
+from .recompute import Recomputable, run
 
 NORM_EPS = 1e-6  # of every LayerNorm (official MAE, MoCo v3 and DINO code)
 
@@ -39,7 +42,9 @@ class ViTConfig(BackboneConfig):
     """One projection of each patch, or a stack of strided convolutions (ConvStem of MoCo v3)."""
     positions: Literal["sincos", "sincos_rows", "learned"] = "sincos"
     """Fixed sine-cosine table, its first half for the column (MAE) or for the row (MoCo v3), or a learned one."""
-    init: Literal["mae", "moco_v3"] = "mae"
+    position_offset: float = 0.0
+    """What is added to the new grid before positions are stretched to it: 0.1 in DINO's and iBOT's released code."""
+    init: Literal["mae", "moco_v3", "dino"] = "mae"
     """Whose initialisation."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
@@ -135,6 +140,17 @@ def moco_vit(config: ViTConfig, *, heads: int | None = None, stem: Literal["patc
     return replace(config, heads=heads or config.heads, depth=depth, stem=stem, positions="sincos_rows", init="moco_v3")
 
 
+def dino_vit(config: ViTConfig, *, position_offset: float = 0.1) -> ViTConfig:
+    """A ViT as DINO initialises it (arXiv 2104.14294), with learned positions that follow the size of the crop.
+
+    Args:
+        config: size.
+        position_offset: 0.1 in DINO's and iBOT's released code, whose positions of smaller crops are therefore slightly
+            shifted; 0 in EsViT's.
+    """
+    return replace(config, positions="learned", init="dino", position_offset=position_offset)
+
+
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """`[B, N, D]` and indices `[B, M]` to `[B, M, D]`, without an index of D columns."""
     B, N, D = x.shape
@@ -149,11 +165,15 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Zero whole samples of `[B, ...]` with probability `rate` in training."""
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Zero whole samples of `[B, ...]`, or of images packed into `[1, N, D]`, with probability `rate` in training."""
         if not self.training or self.rate == 0.0:
             return x
-        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
+        if packing is not None:
+            keep = torch.rand(packing.images, device=x.device) >= self.rate
+            keep = packing.spread(keep, x.shape[1])[None, :, None]
+        else:
+            keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
         return x * (keep.to(x.dtype) / (1.0 - self.rate))
 
 
@@ -170,7 +190,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class Block(Recomputable):
     """A pre-norm transformer block."""
 
     def __init__(
@@ -183,7 +203,6 @@ class Block(nn.Module):
         attention: AttentionBackend = "auto",
     ) -> None:
         super().__init__()
-        self.recompute = False  # activation checkpointing, see `run_block`
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
@@ -194,7 +213,9 @@ class Block(nn.Module):
         """The part that looks at each token alone: `LN1` and the qkv projection, `[..., D]` to `[..., 3D]`."""
         return self.attn.qkv(self.norm1(x))
 
-    def forward(self, x: Tensor, qkv: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, qkv: Tensor | None = None, rows: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """Apply the block, or exactly the part of it that is needed.
 
         Args:
@@ -202,6 +223,7 @@ class Block(nn.Module):
             qkv: `project` of `x`, when the caller has it already, `[B, N, 3D]`.
             rows: indices `[B, M]` of the only tokens whose output is needed. Every token still serves as key and
                 value; queries, output projection and MLP run for these rows alone, and their results are the same.
+            packing: how several images lie in the one sequence `[1, N, D]`, which then do not see each other.
 
         Returns:
             `[B, N, D]`, or `[B, M, D]` with `rows`.
@@ -211,8 +233,8 @@ class Block(nn.Module):
         else:
             packed = self._restricted(x, qkv, rows)
             x = take_rows(x, rows)
-        x = x + self.drop_path(self.attn(*packed))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(*packed, packing=packing), packing)
+        return x + self.drop_path(self.mlp(self.norm2(x)), packing)
 
     def _restricted(self, x: Tensor, qkv: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Queries of `rows` alone `[B, M, D]`, keys and values of all tokens `[B, N, 2 D]`."""
@@ -232,52 +254,16 @@ def build_blocks(config: ViTConfig) -> nn.ModuleList:
     )
 
 
-def run_block(block: nn.Module, x: Tensor, *, qkv: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-    """Call a block, recomputing its activations in the backward pass if it is set to.
-
-    Only non-reentrant checkpointing is correct here: the reentrant form computes wrong gradients under ZeRO-3 for
-    modules that are applied more than once in a step.
-    """
-    assert isinstance(block, Block)
-    if block.recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, qkv, rows, use_reentrant=False)
-    return block(x, qkv, rows)
-
-
-def xavier_init_(module: nn.Module) -> None:
-    """The initialisation of the official MAE code: Xavier-uniform matrices, zero biases, unit LayerNorms.
-
-    The patch projection is treated as the matrix `[D, 3 P P]`; its bias keeps PyTorch's convolution default.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Conv2d):
-            nn.init.xavier_uniform_(part.weight.data.view(part.weight.shape[0], -1))
-
-
-def moco_v3_init_(vit: VisionTransformer) -> None:
-    """The initialisation of the official MoCo v3 code.
-
-    Xavier-uniform matrices with the joint qkv projection as three of its kind, zero biases, the patch projection as
-    the matrix `[D, 3 P P]`; convolutions of the other stem keep PyTorch's default.
-    """
-    for module in vit.modules():
-        if isinstance(module, QKVLinear):
-            bound = (6.0 / (2 * module.in_features)) ** 0.5
-            nn.init.uniform_(module.weight, -bound, bound)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    if isinstance(vit.patch_embed, MaskedPatchEmbed):
-        projection = vit.patch_embed.proj
-        nn.init.xavier_uniform_(projection.weight.data.view(projection.weight.shape[0], -1))
-        assert projection.bias is not None
-        nn.init.zeros_(projection.bias)
-    nn.init.normal_(vit.cls_token, std=1e-6)
+def run_block(
+    block: nn.Module,
+    x: Tensor,
+    *,
+    qkv: Tensor | None = None,
+    rows: Tensor | None = None,
+    packing: Packing | None = None,
+) -> Tensor:
+    """Call a block, recomputing its activations in the backward pass if it is set to."""
+    return run(block, x, qkv, rows, packing)
 
 
 class VisionTransformer(nn.Module):
@@ -300,9 +286,11 @@ class VisionTransformer(nn.Module):
         self.grid = config.grid
         self.length = self.grid[0] * self.grid[1]
         self.width = config.width
+        # Learned positions follow the image's size; the stem then takes any.
+        size = None if config.positions == "learned" and config.stem == "patch" else config.size
         stem = ConvStem if config.stem == "conv" else MaskedPatchEmbed
         self.patch_embed: ConvStem | MaskedPatchEmbed = stem(
-            image_size=config.size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
+            image_size=size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         if config.positions != "learned":
@@ -316,39 +304,66 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         if config.init == "moco_v3":
             moco_v3_init_(self)
+        elif config.init == "dino":
+            truncated_init_(self)
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
         else:
             xavier_init_(self)
             nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, images: Tensor, indices: Tensor | None = None, pool: bool = False) -> Tensor:
+    def forward(self, images: Tensor | list[Tensor], indices: Tensor | None = None, pool: bool = False) -> Tensor:
         """Encode images.
 
         Args:
             images: uint8 `[B, H, W, 3]` or `[B, 3, H, W]` (normalised on the way in), or normalised-range floats
-                as `vitrail.kernels.masked_patch_gather` takes them.
+                as `vitrail.kernels.masked_patch_gather` takes them. With learned positions, any size that the patch
+                divides: the positions are stretched to it. With `pool` also several such tensors: they share each
+                layer's products, and attention keeps every image to itself.
             indices: patches to see, row-major numbers `[B, V]`; None means all.
             pool: return the class token alone; the last block then computes nothing for the others.
 
         Returns:
             Tokens after the final norm, class token first: `[B, 1 + V, D]`, or `[B, D]` with `pool`.
         """
-        x = self._embed(images, indices)
+        packing, first = None, None
+        if isinstance(images, list):
+            x, packing = pack([self._embed(group) for group in images])
+            first = packing.starts(x.device)[None]
+        else:
+            x = self._embed(images, indices)
+            if pool:
+                first = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
         for block in self.blocks[:-1]:
-            x = run_block(block, x)
-        first = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device) if pool else None
-        x = self.norm(run_block(self.blocks[-1], x, rows=first))
+            x = run_block(block, x, packing=packing)
+        x = self.norm(run_block(self.blocks[-1], x, rows=first, packing=packing))
+        if packing is not None:
+            return x[0]
         return x[:, 0] if pool else x
 
     def _embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
         x = self.patch_embed(images) if indices is None else self.patch_embed(images, indices)
-        positions = self.pos_embed[0, self.num_prefix :]
+        table = self.pos_embed
+        if isinstance(table, nn.Parameter):
+            height, width = image_size(images)
+            grid = height // self.config.patch_size, width // self.config.patch_size
+            table = resize_positions(table, self.grid, grid, prefix=self.num_prefix, offset=self.config.position_offset)
+        positions = table[0, self.num_prefix :]
         x = x + (positions if indices is None else F.embedding(indices, positions))
-        prefix = (self.cls_token + self.pos_embed[:, : self.num_prefix]).expand(x.shape[0], -1, -1)
+        prefix = (self.cls_token + table[:, : self.num_prefix]).expand(x.shape[0], -1, -1)
         return torch.cat([prefix, x], dim=1)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The class token after the final norm, `[B, D]`."""
         return self(images, None, True)  # a call, so that ZeRO-3 finds the class token and the positions gathered
+
+    def forward_packed(self, images: list[Tensor]) -> Tensor:
+        """The class tokens of images of several sizes in one pass, `[sum of B, D]`, in order."""
+        return self(images, None, True)
+
+    def forward_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token `[B, D]` and the patches' tokens `[B, T, D]`, row-major, after the final norm."""
+        tokens = self(images)
+        return tokens[:, 0], tokens[:, self.num_prefix :]
 
     def first_layer(self) -> list[nn.Parameter]:
         """Parameters of the patch projection, or of the stem's first convolution."""
