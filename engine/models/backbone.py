@@ -21,6 +21,9 @@ class Backbone(Protocol):
     def forward_features(self, images: Tensor) -> Tensor:
         """uint8 `[B, H, W, 3]`, normalised on the way in, to `[B, D]` (bf16 under autocast)."""
 
+    def forward_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The image's vector `[B, D]` and the vectors of its regions `[B, T, D]`, T row-major."""
+
     def first_layer(self) -> list[nn.Parameter]:
         """Parameters of the layer next to the pixels."""
 

@@ -83,16 +83,30 @@ class ResNet(nn.Module):
             self.add_module(name, part)
         replace_batch_norm(self, groups=groups, sync=sync)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 `[B, H, W, 3]` (normalised on the way in) to the average over the last map, `[B, D]`."""
+    def forward(self, images: Tensor, regions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Encode images.
+
+        Args:
+            images: uint8 `[B, H, W, 3]`, normalised on the way in.
+            regions: return the last map as well.
+
+        Returns:
+            The average over the last map, `[B, D]`; with `regions` also the map's vectors, `[B, T, D]`, row by row.
+        """
         x = images
-        for part in self.children():  # the pixels, and torchvision's parts in the order that they are applied
+        *trunk, pool = self.children()  # the pixels, and torchvision's parts in the order that they are applied
+        for part in trunk:
             x = part(x)
-        return x.flatten(1)
+        pooled: Tensor = pool(x).flatten(1)
+        return (pooled, x.flatten(2).transpose(1, 2)) if regions else pooled
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The same as `forward`."""
+        """The average over the last map, `[B, D]`."""
         return self(images)
+
+    def forward_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The average over the last map, `[B, D]`, and the map's vectors, `[B, T, D]`: 49 of them at 224 pixels."""
+        return self(images, True)
 
     def first_layer(self) -> list[nn.Parameter]:
         """The weight of the first convolution."""

@@ -17,7 +17,7 @@ from ..data import Batch, Loader, Source, build_loader
 from ..evaluate.knn import OnlineKNN
 from ..methods.base import Method, Schedule
 from ..models.batch_norm import defer_statistics, settle_statistics
-from ..models.vit import Block
+from ..models.recompute import Recomputable
 from . import checkpoint
 from .config import RunConfig, TrainingError
 from .ds import Norm, Step, guarded_step, initialise, set_learning_rate
@@ -382,7 +382,7 @@ class Trainer:
 def prepare_blocks(method: nn.Module, *, recompute: bool, compiled: bool) -> None:
     """Switch on activation checkpointing and per-block compilation; both keep the names of the parameters."""
     for module in method.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Recomputable):
             module.recompute = recompute
             if compiled:
                 module.compile()
