@@ -13,7 +13,10 @@ DOUBLED = ("relative_position_bias_table", "pos_embed", "cls_token")
 
 
 def spread(count: int, rank: int) -> Tensor:
-    """float64 `[count]` between -0.5 and 0.5: frac(43758.5453 sin(12.9898 (i mod 1000003) + 78.233 (rank + 1))) - 0.5."""
+    """float64 `[count]` between -0.5 and 0.5.
+
+    frac(43758.5453 sin(12.9898 (i mod 1000003) + 78.233 (rank + 1))) - 0.5 for element i.
+    """
     i = torch.arange(count, dtype=torch.float64) % 1000003
     values = torch.sin(12.9898 * i + 78.233 * (rank + 1)) * 43758.5453
     return values - values.floor() - 0.5
