@@ -195,10 +195,9 @@ class RunConfig:
         return wanted
 
     def as_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        plain["method"]["name"] = type(self.method).__name__
-        return plain
+        """The configuration as plain JSON values; `vitrail.engine.methods.load` reads the method back."""
+        plain: dict[str, Any] = dataclasses.asdict(self) | {"method": _named(self.method)}
+        return dict(json.loads(json.dumps(plain, default=str)))
 
     def fingerprint(self, dataset: str) -> str:
         """Hash of everything that decides the numbers of a run, not of where and how fast it runs.
@@ -214,3 +213,11 @@ class RunConfig:
             "train": {k: plain["train"][k] for k in ("epochs", "batch_size", "precision", "reduce_dtype", "seed")},
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _named(config: Any) -> Any:
+    """A method's configuration as a dictionary, which says the class of each part: its type allows several."""
+    if not dataclasses.is_dataclass(config):
+        return config
+    parts = {part.name: _named(getattr(config, part.name)) for part in dataclasses.fields(config)}
+    return parts | {"name": type(config).__name__}
