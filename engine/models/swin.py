@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.kernels import MaskedPatchEmbed, window_attention
+from vitrail.kernels import MaskedPatchEmbed, WindowAttention
 from vitrail.kernels.patches import image_size
 
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
@@ -109,7 +109,7 @@ class SwinConfig(BackboneConfig):
         """Matrix products of one image of `image_size`."""
         return self.flops_at(self.size)
 
-    def flops_at(self, size: tuple[int, int]) -> float:
+    def flops_at(self, size: tuple[int, int], *, regions: bool = False) -> float:
         """Matrix products of one image of another size, (height, width) in pixels, two per multiply-accumulate.
 
         Linear layers count the tokens of the map, without padding; attention pairs each of them with every position
@@ -124,6 +124,13 @@ class SwinConfig(BackboneConfig):
             linear = stage.width * (4 * stage.width + 2 * int(self.mlp_ratio * stage.width))
             macs += stage.depth * rows * columns * (linear + 2 * stage.window**2 * stage.width)
         return 2.0 * macs
+
+    def regions_at(self, size: tuple[int, int]) -> int:
+        """Tokens of the last stage."""
+        rows, columns = (side // self.patch_size for side in size)
+        for _ in self.depths[1:]:
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        return rows * columns
 
 
 def swin_tiny(window: int = 7, image_size: int | tuple[int, int] = 224) -> SwinConfig:
@@ -146,44 +153,6 @@ def swin_large(window: int = 7, image_size: int | tuple[int, int] = 224) -> Swin
     return SwinConfig(image_size=image_size, window=window, width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48))
 
 
-class WindowQKV(nn.Linear):
-    """The joint projection of a block, which also tells what it makes of a token of zeros."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Project `[..., C]` to `[..., 3C]`; the second result is the bias `[3C]`."""
-        # A copy: ZeRO-3 takes the parameter itself away at the end of this module.
-        return F.linear(x, self.weight, self.bias), self.bias.clone()
-
-
-class WindowAttention(nn.Module):
-    """Multi-head attention within windows; parameter names and layouts are those of the released models.
-
-    A map that the windows do not divide is padded at the bottom and on the right by tokens of zeros, which are
-    projected like all others and serve as keys and values.
-    """
-
-    def __init__(self, width: int, heads: int, *, window: int, shift: int) -> None:
-        super().__init__()
-        self.heads, self.window, self.shift = heads, window, shift
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.qkv = WindowQKV(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend and project, `[B, H, W, C]` to `[B, H, W, C]`."""
-        qkv, bias = self.qkv(x)
-        x = window_attention(
-            qkv,
-            self.relative_position_bias_table,
-            window_size=self.window,
-            shift=self.shift,
-            num_heads=self.heads,
-            qkv_bias=bias,
-        )
-        return self.proj(x)
-
-
 class SwinBlock(Recomputable):
     """A pre-norm block with attention within windows."""
 
@@ -191,7 +160,7 @@ class SwinBlock(Recomputable):
         super().__init__()
         width = stage.width
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = WindowAttention(width, stage.heads, window=stage.window, shift=stage.shift if shifted else 0)
+        self.attn = WindowAttention(width, stage.heads, stage.window, stage.shift if shifted else 0)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path)
