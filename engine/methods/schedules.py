@@ -1,4 +1,4 @@
-"""Progress to value: the momentum of teachers."""
+"""Progress to value: the momentum and the temperature of teachers."""
 
 from __future__ import annotations
 
@@ -13,3 +13,18 @@ def cosine_momentum(progress: float, start: float) -> float:
         start: momentum at the start of the run, 0.99 in MoCo v3, 0.996 in BYOL and DINO.
     """
     return 1.0 - (1.0 - start) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmed_temperature(epoch: float, start: float, end: float, warmup: int) -> float:
+    """Temperature of DINO's teacher: constant within an epoch, in `warmup` even steps from `start` to `end`.
+
+    Args:
+        epoch: epochs done, fractional.
+        start: temperature of the first epoch.
+        end: temperature of the last epoch of the warm-up and of all that follow.
+        warmup: epochs of the warm-up; 0 for none.
+    """
+    done = int(epoch)
+    if done >= warmup:
+        return end
+    return start + (end - start) * done / max(warmup - 1, 1)

@@ -92,7 +92,8 @@ def _attend_packed(packed: Sequence[Tensor], heads: int, backend: str, packing: 
             for lengths in ([1] * packing.images if per_image else packing.lengths(), packing.lengths())
         ]
         longest = max(packing.lengths())
-        out: Tensor = varlen_attn(query, key, value, *ends, 1 if per_image else longest, longest)
+        out = varlen_attn(query, key, value, ends[0], ends[1], 1 if per_image else longest, longest)
+        assert isinstance(out, Tensor)
         return out.flatten(1)[None]
     parts, places = [], [0] * len(packed)
     for images, tokens in packing.groups:

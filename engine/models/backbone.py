@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -79,3 +79,17 @@ class BackboneConfig(ABC):
     @abstractmethod
     def flops(self) -> float:
         """Floating-point operations of `forward_features` on one image, two per multiply-accumulate."""
+
+    @property
+    def region_flops(self) -> float:
+        """The same of `forward_regions`; what is read beside the image's vector was computed for it anyway."""
+        return self.flops
+
+    def flops_at(self, size: tuple[int, int], *, regions: bool = False) -> float:
+        """Floating-point operations on one image of another size, (height, width) in pixels."""
+        other = replace(self, image_size=size)
+        return other.region_flops if regions else other.flops
+
+    @abstractmethod
+    def regions_at(self, size: tuple[int, int]) -> int:
+        """Number T of regions of an image of some size, (height, width) in pixels."""

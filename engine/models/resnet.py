@@ -58,6 +58,11 @@ class ResNetConfig(BackboneConfig):
         """Convolutions on one image, two operations per multiply-accumulate."""
         return _count_flops(self.architecture, self.cifar_stem, self.size)
 
+    def regions_at(self, size: tuple[int, int]) -> int:
+        """Positions of the last map, whose stride is 32, or 8 with the stem for small images."""
+        stride = 8 if self.cifar_stem else 32
+        return -(-size[0] // stride) * -(-size[1] // stride)
+
 
 class ResNet(nn.Module):
     """A residual network without its classifier that reads raw images.

@@ -92,15 +92,25 @@ class ViTConfig(BackboneConfig):
     @property
     def flops(self) -> float:
         """Matrix products of one image, those of the last block for the class token alone."""
+        length, width = self.grid[0] * self.grid[1], self.width
+        unread = length * ((4 + 4 * self.mlp_ratio) * width**2 + 4 * (1 + length) * width)  # all tokens but one
+        return self.region_flops - unread
+
+    @property
+    def region_flops(self) -> float:
+        """Matrix products of one image, all tokens read."""
         length = self.grid[0] * self.grid[1]
-        tokens, width, ratio = 1 + length, self.width, self.mlp_ratio
         if self.stem == "conv":
-            embed = stem_flops(self.size, self.patch_size, width)
+            embed = stem_flops(self.size, self.patch_size, self.width)
         else:
-            embed = 2.0 * length * 3 * self.patch_size**2 * width
-        blocks = transformer_flops(tokens=tokens, width=width, depth=self.depth, mlp_ratio=ratio)
-        unread = length * ((4 + 4 * ratio) * width**2 + 4 * tokens * width)  # of all tokens but one in the last block
-        return embed + blocks - unread
+            embed = 2.0 * length * 3 * self.patch_size**2 * self.width
+        return embed + transformer_flops(
+            tokens=1 + length, width=self.width, depth=self.depth, mlp_ratio=self.mlp_ratio
+        )
+
+    def regions_at(self, size: tuple[int, int]) -> int:
+        """Patches."""
+        return (size[0] // self.patch_size) * (size[1] // self.patch_size)
 
 
 def vit_tiny(patch_size: int = 16, image_size: int | tuple[int, int] = 224) -> ViTConfig:
@@ -166,7 +176,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """Zero whole samples of `[B, ...]`, or of images packed into `[1, N, D]`, with probability `rate` in training."""
+        """Zero whole samples of `[B, ...]`, or images packed into `[1, N, D]`, with probability `rate` in training."""
         if not self.training or self.rate == 0.0:
             return x
         if packing is not None:
@@ -286,12 +296,16 @@ class VisionTransformer(nn.Module):
         self.grid = config.grid
         self.length = self.grid[0] * self.grid[1]
         self.width = config.width
-        # Learned positions follow the image's size; the stem then takes any.
-        size = None if config.positions == "learned" and config.stem == "patch" else config.size
-        stem = ConvStem if config.stem == "conv" else MaskedPatchEmbed
-        self.patch_embed: ConvStem | MaskedPatchEmbed = stem(
-            image_size=size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
-        )
+        self.patch_embed: ConvStem | MaskedPatchEmbed
+        if config.stem == "conv":
+            self.patch_embed = ConvStem(
+                image_size=config.size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
+            )
+        else:
+            size = None if config.positions == "learned" else config.size  # learned positions follow the image
+            self.patch_embed = MaskedPatchEmbed(
+                image_size=size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
+            )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         if config.positions != "learned":
             by_row = config.positions == "sincos_rows"
@@ -342,8 +356,8 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
         x = self.patch_embed(images) if indices is None else self.patch_embed(images, indices)
-        table = self.pos_embed
-        if isinstance(table, nn.Parameter):
+        table: Tensor = self.pos_embed
+        if self.config.positions == "learned":
             height, width = image_size(images)
             grid = height // self.config.patch_size, width // self.config.patch_size
             table = resize_positions(table, self.grid, grid, prefix=self.num_prefix, offset=self.config.position_offset)

@@ -1,0 +1,66 @@
+"""What heads with prototypes give, and the centres of the teacher's logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .joint import all_ranks
+
+
+class Distilled(NamedTuple):
+    """What a head makes of some rows."""
+
+    features: Tensor
+    """Unit vectors `[R, d]`."""
+    prototypes: Tensor
+    """`[K, d]`."""
+
+
+class Centers(nn.Module):
+    """The moving mean of the teacher's logits that each head's are reduced by.
+
+    Logits are linear in the features, so their mean is that of the features times the prototypes: ranks exchange d
+    numbers for each head, all heads' in one message, and the logits are never there.
+
+    Args:
+        heads: number of heads.
+        prototypes: number K of prototypes.
+        momentum: share of the old centre in the new one.
+    """
+
+    value: Tensor
+
+    def __init__(self, heads: int, prototypes: int, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(heads, prototypes))
+        self._seen: list[Tensor] = []  # mean features of this step's micro-batches
+        self._coming: Tensor | None = None
+
+    @torch.no_grad()
+    def observe(self, *heads: Distilled) -> None:
+        """Take in a micro-batch of the teacher's; ranks and micro-batches have equally many rows.
+
+        The logits are those of the prototypes before this step's update, so the new centre is made here and waits.
+        """
+        mean = torch.stack([head.features.mean(0) for head in heads])
+        group = all_ranks()
+        if group is not None:
+            dist.all_reduce(mean, group=group)
+            mean /= dist.get_world_size(group)
+        self._seen.append(mean)
+        mean = torch.stack(self._seen).mean(0)
+        with torch.autocast(mean.device.type, enabled=False):
+            logits = torch.stack([head.prototypes.to(row.dtype) @ row for head, row in zip(heads, mean, strict=True)])
+        self._coming = self.value.lerp(logits.to(self.value.dtype), 1 - self.momentum)
+
+    @torch.no_grad()
+    def settle(self, applied: bool) -> None:
+        """Move the centres if the step was applied."""
+        if applied and self._coming is not None:
+            self.value.copy_(self._coming)
+        self._seen, self._coming = [], None

@@ -1,0 +1,275 @@
+"""DINO (Caron et al., arXiv 2104.14294): each crop predicts what the teacher makes of the large crops.
+
+The method is described in `docs/methods/dino.md`; numbers in comments are those of the authors' released code.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.kernels import cross_view_match, prototype_cross_entropy
+
+from ..data.chains import dino_views
+from ..data.views import View
+from ..models.backbone import BackboneConfig
+from ..models.heads import DINOHead, head_flops
+from ..models.multi_crop import group_views
+from ..models.vit import DropPath, ViTConfig, dino_vit, vit_small
+from .base import DemoRun, Method, MethodConfig, MomentumPair, Schedule
+from .centers import Centers, Distilled
+from .joint import STRONG_JITTER, spread
+from .schedules import cosine_momentum, warmed_temperature
+
+GLOBAL_CROPS = 2
+
+
+@dataclass(kw_only=True)
+class DINOConfig(MethodConfig):
+    """DINO."""
+
+    encoder: BackboneConfig = field(default_factory=lambda: replace(dino_vit(vit_small()), drop_path=0.1))
+    """The network that is kept after pre-training; its stochastic depth is the student's alone."""
+    prototypes: int = 65_536
+    """Prototypes K, the outputs of the head."""
+    hidden: int = 2048
+    """Width of the head's hidden layers."""
+    bottleneck: int = 256
+    """Width of the unit vectors that prototypes are multiplied with."""
+    head_batch_norm: bool = False
+    """Batch normalisation in the head, for networks that have it themselves."""
+    norm_last_layer: bool = True
+    """Prototypes stay of unit length, which is stabler; trained lengths are better at the end."""
+    freeze_last_layer: float = 1
+    """Epochs in which the prototypes stay as they are."""
+    student_temp: float = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax after its warm-up."""
+    warmup_teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax in the first epoch."""
+    warmup_teacher_temp_epochs: int = 0
+    """Epochs from the one temperature to the other."""
+    center_momentum: float = 0.9
+    """Share of the old centre in the new one."""
+    momentum: float = 0.996
+    """Of the teacher at the start, rising to 1 along half a cosine."""
+    local_crops: int = 8
+    """Small crops, which the teacher does not see."""
+    local_size: int = 96
+    """Their side in pixels."""
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    """Area of the two large crops, as a share of the image."""
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    """Area of the small crops, as a share of the image."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation in pixels of the crop."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Strengths of the colour jitter: brightness, contrast, saturation, hue."""
+    pack_crops: bool = False
+    """All crops of the student in one sequence, whose images do not see each other; for vision transformers."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Heads by name."""
+        return ("head",)
+
+    def build(self) -> DINO:
+        """Construct student and teacher, equal at the start."""
+        return DINO(self)
+
+    def shrunk(self) -> dict[str, Any]:
+        """Fields of a demo: a small encoder and few prototypes; digits are neither mirrored nor cut to pieces."""
+        encoder = self.encoder.demo()
+        if isinstance(encoder, ViTConfig):
+            encoder = replace(encoder, patch_size=8, drop_path=0.0)
+        return {
+            "encoder": encoder,
+            "prototypes": 1024,
+            "hidden": 512,
+            "bottleneck": 128,
+            "local_crops": 4,
+            "local_size": 16,
+            "global_scale": (0.4, 1.0),
+            "local_scale": (0.15, 0.4),
+            "flip": 0.0,
+            "blur_sigma": (0.1, 0.6),
+            "jitter": STRONG_JITTER,
+            "momentum": 0.99,
+        }
+
+    def demo(self) -> DINOConfig:
+        """A small network, few prototypes and four small crops of 16 pixels."""
+        return replace(self, **self.shrunk())
+
+    def demo_run(self) -> DemoRun:
+        """What learns within minutes on two CPU cores."""
+        return DemoRun(epochs=6, batch_size=128, lr=1e-3, weight_decay=0.04)
+
+
+class DINO(Method):
+    """Student and teacher, each a backbone and a head, and the centre of the teacher's logits."""
+
+    student: Any
+    teacher: Any
+    student_heads: nn.ModuleDict
+    teacher_heads: nn.ModuleDict
+
+    def __init__(self, config: DINOConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.student = config.encoder.build()
+        self.teacher = still(self.student)
+        self.student_heads = nn.ModuleDict(
+            {
+                name: DINOHead(
+                    config.encoder.feature_width,
+                    config.prototypes,
+                    hidden=config.hidden,
+                    bottleneck=config.bottleneck,
+                    batch_norm=config.head_batch_norm,
+                    trained_length=not config.norm_last_layer,
+                )
+                for name in config.heads
+            }
+        )
+        self.teacher_heads = still(self.student_heads)
+        self.centers = Centers(len(config.heads), config.prototypes, config.center_momentum)
+        if config.pack_crops and not hasattr(self.student, "forward_packed"):
+            raise ValueError(
+                f"pack_crops puts the crops into one sequence of tokens, and {type(self.student).__name__} has none: "
+                "pass --method.no-pack-crops"
+            )
+
+    def views(self) -> list[View]:
+        """Two large crops and the small ones, from one decoded image."""
+        config = self.config
+        return dino_views(
+            config.encoder.size,
+            config.local_size,
+            locals=config.local_crops,
+            scale=config.global_scale,
+            local_scale=config.local_scale,
+            flip=config.flip,
+            sigma=config.blur_sigma,
+            jitter=config.jitter,
+        )
+
+    def forward(self, batch: Any, schedule: Schedule) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of every crop of the student's with the teacher's view of each large crop but the same."""
+        crops = batch.views
+        student = Distilled(*self.student_heads["head"](self.encode(self.student, crops)))
+        with torch.no_grad():
+            teacher = Distilled(*self.teacher_heads["head"](self.encode(self.teacher, crops[:GLOBAL_CROPS])))
+        loss = self.view_loss(student, teacher, crops=len(crops), epoch=schedule.epoch)
+        self.centers.observe(teacher)
+        return loss, {"loss": loss.detach(), "feature_std": spread(student.features)}
+
+    def encode(self, network: Any, crops: list[Tensor]) -> Tensor:
+        """Vectors of all images of all crops, crop by crop, `[V n, D]`."""
+        groups = [images for images, _ in group_views(crops)]
+        if self.config.pack_crops and len(groups) > 1:
+            packed: Tensor = network.forward_packed(groups)
+            return packed
+        return torch.cat([network.forward_features(images) for images in groups])
+
+    def view_loss(self, student: Distilled, teacher: Distilled, *, crops: int, epoch: float) -> Tensor:
+        """Mean over the pairs of a large crop and another crop, and over images; each student row is visited once.
+
+        Args:
+            student: rows crop by crop, `[V n, d]`.
+            teacher: rows of the large crops, `[2 n, d]`.
+            crops: number V of the student's crops.
+            epoch: epochs done, which decide the teacher's temperature.
+        """
+        images = len(teacher.features) // GLOBAL_CROPS
+        match = cross_view_match(crops, GLOBAL_CROPS, images, device=student.features.device)
+        return self.cross_entropy(student, teacher, 0, match, None, epoch)
+
+    def cross_entropy(
+        self, student: Distilled, teacher: Distilled, head: int, match: Tensor, weight: Tensor | None, epoch: float
+    ) -> Tensor:
+        """The loss of some pairs of rows under the temperatures of the epoch and a head's centre."""
+        config = self.config
+        return prototype_cross_entropy(
+            *student,
+            *teacher,
+            student_temp=config.student_temp,
+            teacher_temp=warmed_temperature(
+                epoch, config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
+            ),
+            center=self.centers.value[head],
+            match=match,
+            weight=weight,
+            normalized=config.norm_last_layer,
+        )
+
+    def after_step(self, applied: bool) -> None:
+        """Move the centre, which the loss uses from the next step on."""
+        self.centers.settle(applied)
+
+    def momentum_pairs(self) -> list[MomentumPair]:
+        """Backbones and heads."""
+        return [
+            MomentumPair(self.teacher, self.student),
+            MomentumPair(self.teacher_heads, self.student_heads),
+        ]
+
+    def ema_momentum(self, taken: Schedule, coming: Schedule) -> float:
+        """The teacher follows the weights that the step has made, with the momentum of that step."""
+        return cosine_momentum(taken.step / taken.total_steps, self.config.momentum)
+
+    def held(self, epoch: float) -> list[nn.Parameter]:
+        """The student's prototypes in the first epochs: gradients of that time only make training unstable."""
+        if epoch >= self.config.freeze_last_layer:
+            return []
+        return [
+            p
+            for head in self.student_heads.values()
+            for p in head.get_submodule("last_layer").parameters()
+            if p.requires_grad
+        ]
+
+    def first_layer(self) -> list[nn.Parameter]:
+        """The student's first layer."""
+        return [p for p in self.student.first_layer() if p.requires_grad] or super().first_layer()
+
+    def chance_loss(self, images: int) -> float:
+        """Both softmaxes uniform."""
+        return math.log(self.config.prototypes)
+
+    def backbone(self) -> nn.Module:
+        """The teacher's."""
+        network: nn.Module = self.teacher
+        return network
+
+    def features(self, images: Tensor) -> Tensor:
+        """The teacher's vector of an image, before the head: `[B, D]`."""
+        return self.teacher.forward_features(images).float()
+
+    def flops(self, images: int) -> float:
+        """Matrix products of a step: three times the forward pass of the student, once that of the teacher."""
+        config = self.config
+        large, small = (self._crop_flops(size) for size in (config.encoder.size, (config.local_size,) * 2))
+        student = GLOBAL_CROPS * large + config.local_crops * small
+        return images * (3 * student + GLOBAL_CROPS * large)
+
+    def _crop_flops(self, size: tuple[int, int]) -> float:
+        """Of one crop, forward."""
+        return self.config.encoder.flops_at(size) + head_flops(self.student_heads["head"])
+
+
+def still(network: nn.Module) -> Any:
+    """A copy that is never trained and drops nothing, as a teacher's is to be."""
+    network = deepcopy(network).requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, DropPath):
+            module.rate = 0.0
+    return network
