@@ -139,6 +139,14 @@ class Method(nn.Module, ABC):
         """Networks whose learning rate stays at its peak, such as SimSiam's predictor; none unless a method says so."""
         return []
 
+    def held(self, epoch: float) -> list[nn.Parameter]:
+        """Trained parameters that steps leave as they are after so many epochs; none unless a method says so.
+
+        They are those that `held(0.0)` names, or none: all are released together. Until then they are not decayed, the
+        optimiser has no state of them, and their gradients count neither for the global norm nor for its clipping.
+        """
+        return []
+
     def first_layer(self) -> list[nn.Parameter]:
         """Trained parameters of the layer next to the pixels, where instability shows first (arXiv 2104.02057, 4.1).
 

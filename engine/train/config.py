@@ -36,6 +36,8 @@ class OptimConfig:
     """Peak learning rate itself; replaces base_lr * batch / 256."""
     min_lr: float = 0.0
     """Learning rate that the cosine ends at."""
+    schedule: Literal["mae", "dino"] = "mae"
+    """Whose schedule of the learning rate; DINO's, of steps, reaches the peak a step earlier and keeps it for two."""
     warmup_epochs: float = 40
     """Epochs of linear warm-up from exactly zero."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -44,6 +46,8 @@ class OptimConfig:
     """Term added to the denominator of AdamW and LAMB (published LAMB: 1e-6), and of some variants of LARS."""
     weight_decay: float = 0.05
     """Weight decay; LARS and SGD add it to the gradient (L2), it is decoupled in the others."""
+    final_weight_decay: float | None = None
+    """Weight decay that half a cosine over the whole run ends at, 0.4 in DINO; None: it stays what it is."""
     decay: Literal["matrices", "all"] = "matrices"
     """What is decayed: matrices and tokens, or vectors and biases as well; LARS spares these decay and trust ratio."""
     momentum: float = 0.9

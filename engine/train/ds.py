@@ -19,7 +19,7 @@ from ..data.cache import available_threads
 from ..methods.base import Method
 from . import optimizers
 from .config import OptimConfig, RunConfig
-from .param_groups import parameter_groups
+from .param_groups import SCHEDULED, parameter_groups
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it had to guess
@@ -110,10 +110,32 @@ def initialise(
     return engine
 
 
-def set_learning_rate(engine: DeepSpeedEngine, lr: float) -> None:
-    """Write the learning rate into every group that does not hold its own; all stages read it from there."""
+def set_rates(engine: DeepSpeedEngine, lr: float, weight_decay: float | None = None) -> None:
+    """Write the coming step's learning rate and weight decay into the groups, where all stages read them.
+
+    Args:
+        engine: what `initialise` returned.
+        lr: for every group that does not hold its own.
+        weight_decay: for every group whose decay is scheduled; None where none is.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = group.get("fixed_lr", lr)
+        if SCHEDULED in group:
+            group["weight_decay"] = weight_decay
+
+
+def rates(engine: DeepSpeedEngine) -> dict[str, float]:
+    """Learning rate of the last step and, where it is scheduled, its weight decay."""
+    groups = engine.optimizer.param_groups
+    decay = next((group["weight_decay"] for group in groups if SCHEDULED in group), None)
+    return {"lr": groups[0]["lr"]} | ({} if decay is None else {"weight_decay": decay})
+
+
+def stepping_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimiser that `initialise` built, which ZeRO stages 1 to 3 wrap and step with flat shards."""
+    outer = engine.optimizer
+    optimizer: torch.optim.Optimizer = outer.optimizer if engine.zero_optimization_stage() else outer
+    return optimizer
 
 
 Norm = Tensor | float

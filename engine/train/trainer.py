@@ -20,13 +20,14 @@ from ..models.batch_norm import defer_statistics, settle_statistics
 from ..models.recompute import Recomputable
 from . import checkpoint
 from .config import RunConfig, TrainingError
-from .ds import Norm, Step, guarded_step, initialise, set_learning_rate
+from .ds import Norm, Step, guarded_step, initialise, rates, set_rates
 from .ema import TeacherEMA, parameter_pairs, steppable
 from .grad_cache import GradientCache, check_comparisons, compared_images
 from .guard import Alarm, Guard, dump_batch
+from .held import HeldParameters
 from .metrics import DeviceMeans, Recorder
 from .optimizers import TITLES, choose
-from .schedules import cosine_with_warmup
+from .schedules import learning_rate, weight_decay
 from .throughput import Throughput
 
 
@@ -72,6 +73,7 @@ class Trainer:
         pairs = parameter_pairs(self.method)
         self.engine = initialise(self.method, config, world, steppable(pairs))
         self.ema = TeacherEMA(pairs, self.engine)
+        self.held = HeldParameters(self.method, self.engine)
         cached = config.train.grad_cache and self.accumulation > 1
         self.cache = GradientCache(self.method, self.engine, config.train.precision) if cached else None
         self.first_layer = self.method.first_layer() if config.guard.enabled else []
@@ -125,14 +127,9 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimiser step: all micro-batches of a global batch."""
         config, step = self.config, self.state.step
-        lr = cosine_with_warmup(
-            step / self.steps_per_epoch,
-            peak=config.peak_lr,
-            final=config.optim.min_lr,
-            warmup=config.optim.warmup_epochs,
-            total=config.train.epochs,
-        )
-        set_learning_rate(self.engine, lr)
+        lr = learning_rate(config, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+        set_rates(self.engine, lr, weight_decay(config.optim, step, total_steps=self.total_steps))
+        self.held.update(step / self.steps_per_epoch)
         momentum = self._ema_momentum()
         self.ema.prepare(momentum)
         taken: Step | None = None
@@ -275,7 +272,7 @@ class Trainer:
         """
         step = self.state.step
         values = self.means.read()
-        values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
+        values |= rates(self.engine)
         values |= {name: float(norm) for name, norm in self._norms.items()}
         values |= self.throughput.read()
         values["epoch"] = step / self.steps_per_epoch
