@@ -234,11 +234,12 @@ class SwinTransformer(nn.Module):
         self.config = config
         self.width = config.feature_width
         self.patch_embed = SwinPatchEmbed(config.patch_size, config.width, mean=mean, std=std)
-        rates = deque(torch.linspace(0, config.drop_path, sum(config.depths), dtype=torch.float64).tolist())
+        steps = max(1, sum(config.depths) - 1)
+        rates = (config.drop_path * i / steps for i in range(steps + 1))
         self.layers = nn.ModuleList(
             SwinStage(
                 stage,
-                [rates.popleft() for _ in range(stage.depth)],
+                [next(rates) for _ in range(stage.depth)],
                 mlp_ratio=config.mlp_ratio,
                 last=i == len(config.depths) - 1,
             )
@@ -259,8 +260,7 @@ class SwinTransformer(nn.Module):
             The mean of the tokens after the final norm, `[B, D]`; with `regions` also those tokens, `[B, T, D]`,
             row by row.
         """
-        (*_, last) = self._last_maps(images, 1)
-        tokens = self.norm(last).flatten(1, 2)
+        tokens = self.norm(self._last_maps(images, 1)[0]).flatten(1, 2)
         pooled = tokens.mean(dim=1)
         return (pooled, tokens) if regions else pooled
 
