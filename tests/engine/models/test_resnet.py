@@ -57,6 +57,20 @@ def test_resnet50_equals_torchvision():
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_regions_are_the_last_map_row_by_row():
+    ours, theirs = twins(dtype=torch.float64)
+    maps = []
+    theirs.layer4.register_forward_hook(lambda module, args, out: maps.append(out))
+    pixels = images(2, 96)[:, :64]  # a map of 2 x 3
+    with torch.no_grad():
+        pooled, regions = ours.eval().forward_regions(pixels)
+        expected = theirs.eval()(normalised(pixels))
+    assert regions.shape == (2, 6, 512)
+    torch.testing.assert_close(pooled, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(regions[:, 4], maps[0][:, :, 1, 1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(regions.mean(dim=1), pooled, rtol=1e-9, atol=1e-9)
+
+
 def test_two_views_in_one_pass_are_two_passes_of_torchvision():
     """Features, gradients and running statistics in training."""
     ours, theirs = twins(groups=2, dtype=torch.float64)
