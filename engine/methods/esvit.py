@@ -117,7 +117,7 @@ class EsViT(DINO):
         """
         images = len(student.features) // sum(tokens)
         pairs = GLOBAL_CROPS * (len(tokens) - 1)
-        shares = torch.tensor([1.0 / (count * images * pairs) for count in tokens], device=match.device)
+        shares = student.features.new_tensor([1.0 / (count * images * pairs) for count in tokens])
         counts = torch.tensor([count * images for count in tokens], device=match.device)
         weight = shares.repeat_interleave(counts, output_size=len(student.features))
         return self.cross_entropy(student, teacher, 1, match, weight, epoch)
