@@ -7,9 +7,10 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import tyro
@@ -19,7 +20,13 @@ from rich.table import Column, Table
 from tyro.conf import Positional
 
 from .data import DataConfig, DataError, Source, open_source
+from .train.config import ConfigError
 
+if TYPE_CHECKING:
+    from .show.run import Run
+
+RECORDED = DataConfig()
+"""The images that a run names itself."""
 PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "xformers", "transformers", "timm", "torchvision", "apex")
 """Packages beside torch and triton whose versions decide what runs."""
 
@@ -80,15 +87,92 @@ def data_check(path: Annotated[str, Positional], threads: int = 0) -> None:
         raise SystemExit(1)
 
 
+def show_attention(
+    run: Annotated[Path, Positional],
+    images: int = 8,
+    size: int | None = None,
+    output: Path | None = None,
+    data: DataConfig = RECORDED,
+) -> None:
+    """Draw where the last layer of a run's network looks: attention.png.
+
+    Of a ViT the attention of the class token, head by head; of a Swin transformer that which each token gets. Outlines
+    hold 60 % of it.
+
+    Args:
+        run: the train.output of a run, with a checkpoint.
+        images: how many.
+        size: side of the images in pixels; a ViT that takes any size is shown more pixels than in its training.
+        output: folder of the picture; that of the run.
+        data: other images than those of the run.
+    """
+    from .evaluate.features import evaluation_mode
+    from .show import attention
+
+    device, found, source, options = _open_run(run, data)
+    path = (output or run) / "attention.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with evaluation_mode(found.method, found.precision):
+            attention.show_attention(
+                found.method.backbone(), source, options, path, device=device, size=size, count=images
+            )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    Console().print(f"Attention at step {found.step}: {path}", soft_wrap=True)
+
+
+def show_matches(
+    run: Annotated[Path, Positional],
+    images: int = 1000,
+    batch: int = 64,
+    output: Path | None = None,
+    data: DataConfig = RECORDED,
+) -> None:
+    """Draw which regions a run's network finds again in changed mirror images: matches.png.
+
+    Args:
+        run: the train.output of a run, with a checkpoint.
+        images: how many are compared; the first eight are drawn.
+        batch: how many at a time.
+        output: folder of the picture; that of the run.
+        data: other images than those of the run.
+    """
+    from .show.matches import draw_matches, match_regions
+
+    device, found, source, options = _open_run(run, data)
+    path = (output or run) / "matches.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        report = match_regions(
+            found.method, source, options, precision=found.precision, batch=batch, device=device, limit=images
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    draw_matches(report, path)
+    table = Table("regions found again", "exactly", "mean distance", title=f"step {found.step}", title_justify="left")
+    for name, accuracy, distance in (
+        ("10 most similar pairs of each image", report.accuracy, report.distance),
+        ("all regions", report.all_accuracy, report.all_distance),
+    ):
+        table.add_row(name, f"{100 * accuracy:.1f} %", f"{distance:.2f} cells")
+    table.add_row("chance", f"{100 * report.chance:.1f} %", "")
+    Console().print(table)
+    Console().print(
+        f"{report.images} images, {report.grid[0]} x {report.grid[1]} regions. Picture: {path}", soft_wrap=True
+    )
+
+
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "": {"doctor": doctor},
     "data": {"check": data_check, "pack": data_pack},
+    "show": {"attention": show_attention, "matches": show_matches},
 }
 """Command groups; those of "" stand alone."""
 
 
 def main() -> None:
-    """Entry point: `vitrail <command>` or `vitrail data <command>`; a user's mistake ends with status 2."""
+    """Entry point: `vitrail <command>` or `vitrail <group> <command>`; a user's mistake ends with status 2."""
     group = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in COMMANDS else ""
     others = ", ".join(f"{name} {command}" for name in COMMANDS if name for command in COMMANDS[name])
     try:
@@ -98,7 +182,7 @@ def main() -> None:
             args=sys.argv[2:] if group else sys.argv[1:],
             description=None if group else f"Further commands: {others}.",
         )
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line that the user must see
         raise SystemExit(2) from None
 
@@ -134,6 +218,18 @@ def _optimisers(device: torch.device) -> Table:
 
 def _source(path: str) -> Source:
     return open_source(DataConfig(path=path))
+
+
+def _open_run(folder: Path, data: DataConfig) -> tuple[torch.device, Run, Source, DataConfig]:
+    """The device, a run on it, and the images to show: those named, or those that the run is validated on."""
+    from .show.run import open_run
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = open_run(folder, device)
+    if not data.path and not data.val_path and data.source == "auto":
+        data = replace(data, path=found.data.path, val_path=found.data.val_path, source=found.data.source)
+    source = open_source(data, "val") or open_source(data, "train")
+    return device, found, source, data
 
 
 @contextmanager

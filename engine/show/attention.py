@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from vitrail.kernels import WindowAttention, window_attention
 from vitrail.kernels.patches import image_size
 
+from ..data import DataConfig, Source
 from ..models.swin import SwinTransformer
-from ..models.vit import Block, VisionTransformer
+from ..models.vit import Block, VisionTransformer, ViTConfig
+from .pictures import some_images
 
 HEADS = 12  # in a picture
+OUTLINE = "deepskyblue"
 
 
 def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
@@ -32,11 +35,10 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     Raises:
         ValueError: the backbone has no attention.
     """
-    if isinstance(backbone, VisionTransformer):
-        return class_attention(backbone, images)
-    if isinstance(backbone, SwinTransformer):
-        return received_attention(backbone, images)
-    raise ValueError(f"{type(backbone).__name__} has no attention to show: expected a ViT or a Swin transformer")
+    network = _transformer(backbone)
+    if isinstance(network, VisionTransformer):
+        return class_attention(network, images)
+    return received_attention(network, images)
 
 
 @torch.no_grad()
@@ -140,6 +142,78 @@ def mass_mask(attention: Tensor, share: float = 0.6) -> Tensor:
     return kept.unflatten(-1, attention.shape[-2:])
 
 
+def attention_size(backbone: nn.Module, side: int | None = None) -> tuple[int, int]:
+    """(height, width) of the images whose attention is looked at.
+
+    Args:
+        backbone: a vision transformer or a Swin transformer.
+        side: wanted, rounded down to a multiple of the patch. None takes more pixels than the training for a ViT
+            whose positions follow the image, for a finer map: 480 after 224 as in DINO's figures, twice as many after
+            others. For other networks it takes those of the training.
+
+    Raises:
+        ValueError: the network has no attention, or takes no images of this size.
+    """
+    config = _transformer(backbone).config
+    height, width = config.size
+    follows = isinstance(config, ViTConfig) and config.positions == "learned"
+    if side is None:
+        finer = (480, 480) if (height, width) == (224, 224) else (2 * height, 2 * width)
+        height, width = finer if follows else (height, width)
+    else:
+        if isinstance(config, ViTConfig) and not follows and (side, side) != (height, width):
+            raise ValueError(
+                f"the network's positions are a fixed table for images of {height}x{width} pixels, not {side}x{side}: "
+                "leave the size out"
+            )
+        height = width = side
+    patch = config.patch_size
+    if min(height, width) < patch:
+        raise ValueError(f"images of {height}x{width} pixels hold no patch of {patch}x{patch}: take larger ones")
+    return height - height % patch, width - width % patch
+
+
+def _transformer(backbone: nn.Module) -> VisionTransformer | SwinTransformer:
+    """The backbone, if it has attention to show."""
+    if not isinstance(backbone, (VisionTransformer, SwinTransformer)):
+        raise ValueError(f"{type(backbone).__name__} has no attention to show: expected a ViT or a Swin transformer")
+    return backbone
+
+
+def show_attention(
+    backbone: nn.Module,
+    source: Source,
+    data: DataConfig,
+    path: Path,
+    *,
+    device: torch.device,
+    size: int | None = None,
+    count: int = 8,
+    rank: int = 0,
+    note: str = "",
+) -> None:
+    """Draw the maps of some images; every rank computes, since ZeRO-3 needs them all, and rank 0 writes.
+
+    Args:
+        backbone: a vision transformer or a Swin transformer.
+        source: images.
+        data: decoding options.
+        path: the PNG to write.
+        device: where the backbone is.
+        size: see `attention_size`.
+        count: images, always the same random ones.
+        rank: this process.
+        note: a line above all.
+
+    Raises:
+        ValueError: as of `attention_size`.
+    """
+    images = some_images(source, attention_size(backbone, size), data, count=count, device=device)
+    maps = attention_maps(backbone, images)
+    if rank == 0:
+        draw_attention(images, maps, path, note=note)
+
+
 def draw_attention(images: Tensor, maps: Tensor, path: Path, *, share: float = 0.6, note: str = "") -> None:
     """Save a row for each image: itself, then the map of each head with the outline of `mass_mask`.
 
@@ -161,15 +235,17 @@ def draw_attention(images: Tensor, maps: Tensor, path: Path, *, share: float = 0
     figure, axes = plt.subplots(
         len(images),
         1 + maps.shape[1],
-        figsize=(1.3 * (1 + maps.shape[1]), 1.3 * len(images) * height / width + 0.5),
+        figsize=(1.3 * (1 + maps.shape[1]), len(images) * (1.3 * height / width + 0.1) + 0.4),
         squeeze=False,
     )
     for i, line in enumerate(axes):
         line[0].imshow(images[i].cpu().numpy(), interpolation="nearest")
         for head, axis in enumerate(line[1:]):
             axis.imshow(large[i, head], cmap="inferno", interpolation="nearest")
-            if not masks[i, head].all():
-                axis.contour(masks[i, head].numpy().astype(np.uint8), levels=[0.5], colors="white", linewidths=0.8)
+            edge = np.pad(masks[i, head].numpy().astype(np.uint8), 1)  # so that outlines close at the border
+            lines = np.arange(-1, width + 1), np.arange(-1, height + 1)
+            axis.contour(*lines, edge, levels=[0.5], colors=OUTLINE, linewidths=1)
+            axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
             if i == 0:
                 axis.set_title(f"head {head + 1}", fontsize=8)
     for axis in axes.flat:

@@ -8,12 +8,55 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
-from ..evaluate.correspondence import Correspondence, Pair
+from ..data import DataConfig, Source
+from ..evaluate.correspondence import Correspondence, Pair, correspondence
+from ..evaluate.features import evaluation_mode
+from ..methods.base import Method
 
 COLUMNS = 4  # pairs beside each other
 GAP = 0.15  # between the two images of a pair, as a share of their width
 RIGHT, WRONG = "limegreen", "red"
+
+
+def match_regions(
+    method: Method,
+    source: Source,
+    data: DataConfig,
+    *,
+    precision: str,
+    batch: int,
+    device: torch.device,
+    limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Correspondence:
+    """Run `correspondence` on a method's backbone, at the size of its first view. Collective.
+
+    Args:
+        method: on `device`.
+        source: images.
+        data: decoding options.
+        precision: "bf16" for autocast.
+        batch: images at a time on a rank.
+        device: where the images go.
+        limit: use only this many images.
+        rank: this process.
+        world: processes that share the work.
+    """
+    with evaluation_mode(method, precision):
+        return correspondence(
+            method.backbone(),
+            source,
+            method.views()[0].size,
+            data,
+            batch=batch,
+            device=device,
+            limit=limit,
+            rank=rank,
+            world=world,
+        )
 
 
 def draw_matches(report: Correspondence, path: Path) -> None:

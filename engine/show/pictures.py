@@ -12,9 +12,37 @@ matplotlib.use("Agg")  # a training machine has no screen
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ..data import DataConfig, Source, evaluation_batches
+from ..evaluate.features import evaluation_view
 from ..methods.mae import Reconstruction
+
+
+def some_images(source: Source, size: tuple[int, int], data: DataConfig, *, count: int, device: torch.device) -> Tensor:
+    """Some images of a source, always the same random ones, as they are judged.
+
+    Args:
+        source: images.
+        size: (height, width) in pixels.
+        data: decoding options.
+        count: how many, or all where there are fewer.
+        device: where the images go.
+
+    Returns:
+        uint8 `[count, H, W, 3]`.
+
+    Raises:
+        ValueError: none are wanted.
+    """
+    if count < 1:
+        raise ValueError(f"{count} images were asked for; expected at least one")
+    batches = evaluation_batches(
+        source, evaluation_view(size), batch=count, rank=0, world=1, device=device, config=data, limit=count
+    )
+    return next(iter(batches)).views[0]
 
 
 def draw_reconstructions(pictures: Reconstruction, path: Path, *, columns: int = 4, note: str = "") -> None:

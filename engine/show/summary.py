@@ -16,14 +16,18 @@ from torch import Tensor
 
 from vitrail.kernels import knn_topk
 
-from ..data import Source, View, evaluation_batches
+from ..data import Source, View
 from ..data.pillow import decode, execute
+from ..evaluate.correspondence import Correspondence
 from ..evaluate.features import Features, evaluation_mode, evaluation_view, extract
 from ..evaluate.knn import knn_accuracy
 from ..evaluate.linear import linear_accuracy
-from ..methods.joint import JointEmbedding
+from ..methods.base import Method
 from ..methods.mae import MAE
-from .pictures import draw_curves, draw_grid, draw_reconstructions
+from ..models.vit import VisionTransformer
+from .attention import show_attention
+from .matches import draw_matches, match_regions
+from .pictures import draw_curves, draw_grid, draw_reconstructions, some_images
 
 if TYPE_CHECKING:
     from ..train.config import RunConfig
@@ -39,7 +43,8 @@ def summarise(
     """Probe the trained features beside raw pixels and beside the same network untrained; write pictures.
 
     Collective. Rank 0 writes `summary.json` and `curves.png` into the run's folder, for a masked autoencoder
-    `reconstructions.png`, for methods on two views `views.png` and `neighbours.png`, and prints a table.
+    `reconstructions.png`, for methods on several views `views.png` and `neighbours.png`, for a ViT `attention.png`,
+    for methods that compare regions `matches.png`, and prints a table.
 
     Returns:
         On rank 0, per row of the table, accuracies `knn`, `linear`, `linear_standardised`, 0 to 1; elsewhere nothing.
@@ -53,18 +58,23 @@ def summarise(
         )
         return train_part, val_part
 
+    def match(method: Method) -> Correspondence:
+        precision = config.train.precision
+        return match_regions(
+            method, val, config.data, precision=precision, batch=256, device=device, rank=rank, world=world
+        )
+
     torch.manual_seed(config.train.seed)
-    untrained = config.method.build().to(device)
+    networks = {"untrained network": config.method.build().to(device), "trained network": result.method}
     found = {"raw pixels": collect(lambda images: images.flatten(1) / 255)}
-    for name, method in (("untrained network", untrained), ("trained network", result.method)):
+    for name, method in networks.items():
         with evaluation_mode(method, config.train.precision):
             found[name] = collect(method.features)
-    if isinstance(result.method, MAE):
-        with evaluation_mode(result.method, config.train.precision):
-            _paint(result.method, config, val, device, rank)
+    matched = {name: match(method) for name, method in networks.items() if method.compares_regions}
+    _look(result.method, config, val, device, rank)
     rows = {}
     if rank == 0:
-        if isinstance(result.method, JointEmbedding):
+        if len(result.method.views()) > 1:
             _show_views(result.method, config, train)
             _show_neighbours(*found["trained network"], view, config, train, val)
         rows = {
@@ -75,23 +85,38 @@ def summarise(
             }
             for name, (bank, queries) in found.items()
         }
-        draw_curves(config.train.output / "metrics.jsonl", config.train.output / "curves.png")
-        report = {"train_seconds": round(result.train_seconds, 1), "steps": result.step, "accuracy": rows}
-        (config.train.output / "summary.json").write_text(json.dumps(report, indent=1))
-        _print(rows, result, config)
+        _write(rows, matched, result, config)
+        _print(rows, matched, result, config)
     return rows
+
+
+def _write(
+    rows: dict[str, dict[str, float]], matched: dict[str, Correspondence], result: RunResult, config: RunConfig
+) -> None:
+    output = config.train.output
+    summary = {"train_seconds": round(result.train_seconds, 1), "steps": result.step, "accuracy": rows}
+    if matched:
+        before, after = (matched[name] for name in ("untrained network", "trained network"))
+        summary["correspondence"] = {**after.numbers(), "untrained": before.numbers()}
+        draw_matches(after, output / "matches.png")
+    draw_curves(output / "metrics.jsonl", output / "curves.png")
+    (output / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def _look(method: Method, config: RunConfig, val: Source, device: torch.device, rank: int) -> None:
+    """Draw what an autoencoder paints and where a ViT looks."""
+    network = method.backbone()
+    with evaluation_mode(method, config.train.precision):
+        if isinstance(method, MAE):
+            _paint(method, config, val, device, rank)
+        if isinstance(network, VisionTransformer):
+            path = config.train.output / "attention.png"
+            show_attention(network, val, config.data, path, device=device, rank=rank)
 
 
 def _paint(method: MAE, config: RunConfig, val: Source, device: torch.device, rank: int) -> None:
     """Reconstruct the first validation images; every rank computes, since ZeRO-3 needs them all."""
-    view = evaluation_view(method.views()[0].size)
-    images = next(
-        iter(
-            evaluation_batches(
-                val, view, batch=PICTURES, rank=0, world=1, device=device, config=config.data, limit=PICTURES
-            )
-        )
-    ).views[0]
+    images = some_images(val, method.views()[0].size, config.data, count=PICTURES, device=device)
     generator = torch.Generator(device).manual_seed(config.train.seed)
     noise = torch.rand(images.shape[0], method.encoder.length, generator=generator, device=device)
     pictures = method.reconstruct(images, noise)
@@ -102,7 +127,7 @@ def _paint(method: MAE, config: RunConfig, val: Source, device: torch.device, ra
         draw_reconstructions(pictures, config.train.output / "reconstructions.png", note=note)
 
 
-def _show_views(method: JointEmbedding, config: RunConfig, train: Source) -> None:
+def _show_views(method: Method, config: RunConfig, train: Source) -> None:
     """Draw what the method sees of the first training images."""
     rows = {
         view.name: [_picture(train, index, view, seed=number * COLUMNS + index) for index in range(COLUMNS)]
@@ -131,13 +156,19 @@ def _picture(source: Source, index: int, view: View, seed: int = 0) -> NDArray[n
     return execute(view, image, view.draw(np.random.default_rng(seed), (image.height, image.width)))
 
 
-def _print(rows: dict[str, dict[str, float]], result: RunResult, config: RunConfig) -> None:
+def _print(
+    rows: dict[str, dict[str, float]], matched: dict[str, Correspondence], result: RunResult, config: RunConfig
+) -> None:
     table = Table(title=f"{result.step} steps in {result.train_seconds:.0f} s", title_justify="left")
     table.add_column("features")
-    for column in ("20-NN", "linear", "linear, standardised"):
+    regions = ["regions found again"] if matched else []
+    for column in ("20-NN", "linear", "linear, standardised", *regions):
         table.add_column(column, justify="right")
     for name, scores in rows.items():
-        table.add_row(name, *(f"{100 * score:.1f} %" for score in scores.values()))
+        found = [100 * matched[name].accuracy] if name in matched else []
+        table.add_row(name, *(f"{value:.1f} %" for value in (*(100 * score for score in scores.values()), *found)))
+    if matched:
+        table.add_row("chance", "", "", "", f"{100 * matched['trained network'].chance:.1f} %")
     console = Console()
     console.print(table)
     knn, linear = (100 * (rows["trained network"][k] - rows["untrained network"][k]) for k in ("knn", "linear"))
