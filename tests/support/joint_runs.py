@@ -11,20 +11,34 @@ from safetensors.torch import save_file
 
 from vitrail.engine.methods.base import Schedule
 from vitrail.engine.methods.byol import BYOLConfig
+from vitrail.engine.methods.dino import DINOConfig
+from vitrail.engine.methods.esvit import EsViTConfig
 from vitrail.engine.methods.moco_v2 import MoCoV2Config
 from vitrail.engine.methods.moco_v3 import MoCoV3Config
 from vitrail.engine.methods.simclr import SimCLRConfig
 from vitrail.engine.methods.simsiam import SimSiamConfig
-from vitrail.engine.models.vit import ViTConfig, moco_vit
+from vitrail.engine.models.swin import SwinConfig
+from vitrail.engine.models.vit import ViTConfig, dino_vit, moco_vit
 
 STEPS, BATCH, POISON = 4, 16, 1
 ENCODER = moco_vit(ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=4))
+CROPS: dict[str, Any] = {
+    "prototypes": 32,
+    "hidden": 32,
+    "bottleneck": 16,
+    "local_crops": 2,
+    "local_size": 16,
+    "freeze_last_layer": 0.0,
+    "momentum": 0.9,
+}
 METHODS = {
     "moco_v3": MoCoV3Config(encoder=ENCODER, hidden=32, dim=16),
     "simclr": SimCLRConfig(encoder=ENCODER, hidden=32, dim=16),
     "byol": BYOLConfig(encoder=ENCODER, hidden=32, dim=16),
     "simsiam": SimSiamConfig(encoder=ENCODER, hidden=16, dim=32),
     "moco_v2": MoCoV2Config(encoder=ENCODER, dim=16, queue=32),
+    "dino": DINOConfig(encoder=replace(dino_vit(ENCODER), drop_path=0.0), **CROPS, norm_last_layer=False),
+    "esvit": EsViTConfig(encoder=SwinConfig(image_size=32, width=16, depths=(2, 2), heads=(2, 2), window=3), **CROPS),
 }
 CACHED = ("moco_v3", "simclr", "byol", "moco_v2")
 
@@ -67,6 +81,11 @@ def runs(scratch: Path) -> Any:
     for name in CACHED:
         output = scratch / f"{name} cached"
         report[output.name] = train(config(output, METHODS[name], micro=4, grad_cache=True))
+    for name in ("dino", "esvit"):
+        report[f"{name} accumulated"] = train(config(scratch / f"{name} accumulated", METHODS[name], micro=4))
+        for stage in (0, 3):
+            output = scratch / f"{name} {stage}"
+            report[output.name] = train(config(output, METHODS[name], micro=micro, zero_stage=stage))
     for stage in (0, 2, 3):
         output = scratch / f"moco_v3 cached {stage}"
         report[output.name] = train(config(output, METHODS["moco_v3"], micro=4, grad_cache=True, zero_stage=stage))
@@ -81,7 +100,7 @@ def runs(scratch: Path) -> Any:
     report["shuffled"] = shuffled()
     if world == 1:
         report |= {"dropped": dropped(scratch / "dropped"), "events": training.events(scratch / "moco_v3 accumulated")}
-        for name in ("moco_v3", "moco_v2"):
+        for name in ("moco_v3", "moco_v2", "esvit"):
             report[f"{name} poisoned"] = poisoned(scratch / f"{name} poisoned", name)
             run = config(scratch / f"{name} parts", METHODS[name], micro=BATCH)
             training.train(run, stop_after=2)
@@ -133,18 +152,19 @@ def poisoned(output: Path, name: str) -> dict[str, list[bool]]:
     last: dict[str, torch.Tensor] = {}
 
     def buffers(trainer: Any) -> dict[str, torch.Tensor]:
-        kinds = ("running", "tracked", "queue")
+        kinds = ("running", "tracked", "queue", "centers")
         return {k: v.clone() for k, v in trainer.method.named_buffers() if any(kind in k for kind in kinds)}
 
     def before(trainer: Any) -> None:
         last.update(buffers(trainer))
-        plain = trainer.method.criterion
+        where = "criterion" if hasattr(trainer.method, "criterion") else "forward"
+        plain = getattr(trainer.method, where)
 
-        def criterion(encoded: Any, schedule: Any) -> Any:
-            loss, metrics = plain(encoded, schedule)
+        def poison(given: Any, schedule: Any) -> Any:
+            loss, metrics = plain(given, schedule)
             return loss * (torch.nan if schedule.step == POISON else 1.0), metrics
 
-        trainer.method.criterion = criterion
+        setattr(trainer.method, where, poison)
 
     def after(trainer: Any) -> None:
         for key, value in buffers(trainer).items():

@@ -47,7 +47,7 @@ def assert_same_run(first, second):
     if "queue" in start:
         start["queue"] = start["queue"][start["queue"][:, 0].argsort()]
     assert a.weights[name].keys() == b.weights[other].keys() == start.keys()
-    kinds = ("encoder.", "projector.", "predictor.", "momentum", "queue")
+    kinds = ("encoder.", "projector.", "predictor.", "momentum", "queue", "student", "teacher", "centers")
     for kind in kinds:
         keys = [k for k in start if k.startswith(kind) and start[k].is_floating_point()]
         difference = sum((a.weights[name][k] - b.weights[other][k]).square().sum().item() for k in keys)
@@ -59,8 +59,16 @@ def assert_same_run(first, second):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_equal_one(one, two, name):
-    """Negatives, statistics of batch normalisation and queue are those of the whole batch."""
+    """Negatives, statistics of batch normalisation, queue and centres are those of the whole batch."""
     assert_same_run((two, name), (one, name))
+
+
+@pytest.mark.parametrize("name", ["dino", "esvit"])
+@pytest.mark.parametrize("how", ["accumulated", "0", "3"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_crops_in_every_way(one, two, ranks, how, name):
+    """Micro-batches, the optimiser that steps the teacher too, and sharded parameters: losses, weights, centres."""
+    assert_same_run((one if ranks == 1 else two, f"{name} {how}"), (one, name))
 
 
 @pytest.mark.parametrize("name", CACHED)
@@ -102,16 +110,18 @@ def test_both_passes_drop_the_same_blocks(one):
         assert len(set(first)) == 4
 
 
-@pytest.mark.parametrize("name", ["moco_v3", "moco_v2"])
+STATE = {"moco_v3": {"running_mean", "num_batches_tracked"}, "moco_v2": {"queue"}, "esvit": {"centers"}}
+
+
+@pytest.mark.parametrize("name", STATE)
 def test_a_step_that_is_not_applied_leaves_no_state_behind(one, name):
     moved = one.reports[f"{name} poisoned"]
-    kinds = {kind for kind in ("running_mean", "num_batches_tracked", "queue") for key in moved if kind in key}
-    assert kinds == ({"queue"} if name == "moco_v2" else {"running_mean", "num_batches_tracked"})
+    assert {kind for kind in set().union(*STATE.values()) for key in moved if kind in key} == STATE[name]
     for key, steps in moved.items():
         assert steps == [step != POISON for step in range(STEPS)], key
 
 
-@pytest.mark.parametrize("name", ["moco_v3", "moco_v2"])
+@pytest.mark.parametrize("name", STATE)
 def test_interrupted_runs_continue_exactly(one, name):
     assert one.reports[f"{name} parts"]["loss"] == one.reports[name]["loss"]
     whole, parts = one.weights[name], one.weights[f"{name} parts"]
