@@ -20,6 +20,7 @@ from ..methods.base import Method
 from . import optimizers
 from .config import OptimConfig, RunConfig
 from .param_groups import SCHEDULED, parameter_groups
+from .shard_clipping import ShardClipping
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it had to guess
@@ -57,13 +58,14 @@ def start_processes() -> tuple[int, int, torch.device]:
 
 def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` takes, for a run on `world` ranks."""
-    train = config.train
+    train, optim = config.train, config.optim
     return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world),
-        "zero_allow_untested_optimizer": config.optim.name == "sgd",  # elementwise, so right on flat shards
-        "gradient_clipping": config.optim.clip if train.zero_stage else 0.0,  # guarded_step clips in stage 0
+        "zero_allow_untested_optimizer": optim.name == "sgd",  # elementwise, so right on flat shards
+        # guarded_step clips in stage 0, ShardClipping each parameter for itself in the others
+        "gradient_clipping": optim.clip if train.zero_stage and not optim.clip_per_tensor else 0.0,
         "steps_per_print": None,
         "zero_optimization": {
             "stage": train.zero_stage,
@@ -107,6 +109,8 @@ def initialise(
     groups = parameter_groups(method, config)
     optimizer = optimizers.build(implementation, config.optim, groups, teachers or {})
     engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=deepspeed_config(config, world))
+    if config.optim.clip_per_tensor and config.train.zero_stage:
+        ShardClipping(engine, config.optim.clip)
     return engine
 
 

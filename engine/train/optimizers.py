@@ -135,15 +135,8 @@ def _check_gradients(config: RunConfig) -> None:
             f"train.reduce_dtype {config.train.reduce_dtype} cannot run with train.zero_stage 0: there DeepSpeed keeps "
             "gradients in the parameters' fp32; pass --train.zero-stage 1, or --train.reduce-dtype fp32"
         )
-    if not optim.clip_per_tensor:
-        return
-    if not optim.clip:
+    if optim.clip_per_tensor and not optim.clip:
         raise ConfigError("optim.clip_per_tensor without a limit does nothing: pass --optim.clip, 3.0 in DINO's code")
-    if stage:
-        raise ConfigError(
-            f"optim.clip_per_tensor cannot run with train.zero_stage {stage}: ZeRO stages 1 to 3 clip flat shards by "
-            "their common norm; pass --train.zero-stage 0, or --optim.no-clip-per-tensor for the common norm"
-        )
 
 
 def build(

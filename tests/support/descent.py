@@ -15,8 +15,31 @@ from vitrail.engine.methods.base import Method, MethodConfig, Schedule
 from vitrail.engine.train.config import OptimConfig, RunConfig
 
 POISON = (0, 2)  # steps whose loss is not a number: before there is a momentum, and after
-STOP = 4  # steps before the interruption
-OPTIM = OptimConfig(name="sgd", lr=0.25, momentum=0.9, weight_decay=0.125, decay="all", warmup_epochs=0)
+RELEASE = 4  # steps in which the prototypes are held
+STOPS = (3, 5)  # steps before the interruptions: one while they are held, one after
+WARMUP = 2  # steps
+SGD = OptimConfig(
+    name="sgd",
+    lr=0.25,
+    momentum=0.9,
+    weight_decay=0.125,
+    decay="all",
+    warmup_epochs=0,
+    clip=20.0,  # below the common norm
+)
+ADAMW = OptimConfig(
+    name="adamw",
+    lr=0.25,
+    schedule="dino",
+    warmup_epochs=WARMUP * 16 / training.IMAGES,
+    betas=(0.8, 0.9),
+    eps=0.1,  # large, so that the length of the gradient counts
+    weight_decay=0.04,
+    final_weight_decay=0.4,
+    clip=5.0,  # between the norms of the tensors
+    clip_per_tensor=True,
+)
+OPTIMS = {"sgd": SGD, "adamw": ADAMW}
 
 
 def target(step: int) -> float:
@@ -44,7 +67,7 @@ class Pulled(nn.Linear):
 
 @dataclass(kw_only=True)
 class DescentConfig(MethodConfig):
-    """Two networks of which one keeps its learning rate."""
+    """Three networks, of which one keeps its learning rate and one is held at first."""
 
     def build(self) -> "Descent":
         return Descent()
@@ -54,11 +77,14 @@ class DescentConfig(MethodConfig):
 
 
 class Descent(Method):
-    """ZeRO-3 shards the encoder's matrix, above 100,000 elements, and keeps the rest whole."""
+    """ZeRO-3 shards the encoder's matrix, above 100,000 elements, and keeps the rest whole.
+
+    Of the prototypes' bias, one number in a group of its own, the second rank has nothing in stages 1 and 2.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.predictor = Pulled(500, 211), Pulled(7, 3)
+        self.encoder, self.predictor, self.prototypes = Pulled(500, 211), Pulled(7, 3), Pulled(40, 1)
         self.applied: list[bool] = []
 
     def views(self) -> list[View]:
@@ -66,13 +92,16 @@ class Descent(Method):
 
     def forward(self, batch: Any, schedule: Schedule) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         goal = target(schedule.step)
-        loss = self.encoder(goal) + self.predictor(goal)
+        loss = self.encoder(goal) + self.predictor(goal) + self.prototypes(goal)
         if schedule.step in POISON:
             loss = loss * math.nan
         return loss, {"loss": loss.detach()}
 
     def unscheduled(self) -> list[nn.Module]:
         return [self.predictor]
+
+    def held(self, epoch: float) -> list[nn.Parameter]:
+        return list(self.prototypes.parameters()) if epoch < RELEASE * 16 / training.IMAGES else []
 
     def after_step(self, applied: bool) -> None:
         self.applied.append(applied)
@@ -84,27 +113,28 @@ class Descent(Method):
         return float(images)
 
 
-def descent_config(output: Path, **train: Any) -> RunConfig:
+def descent_config(output: Path, optim: OptimConfig = SGD, **train: Any) -> RunConfig:
     """The steps of `training.tiny_config`, in fp32."""
     config = training.tiny_config(output, precision="fp32", **train)
-    return replace(config, method=DescentConfig(), optim=OPTIM)
+    return replace(config, method=DescentConfig(), optim=optim)
 
 
 # --- what runs inside the processes ---------------------------------------------------------------------------------
 
 
 def stages(scratch: Path) -> Any:
-    """Every stage, interrupted and continued."""
+    """Every stage under both optimisers, interrupted twice and continued; keeps the weights of held prototypes."""
     report: dict[str, Any] = {}
     for stage in range(4):
-        config = descent_config(scratch / f"run{stage}", zero_stage=stage)
-        first = momentum.train(config, stop_after=STOP)
-        report[str(stage)] = {
-            "first": first["applied"],
-            "second": momentum.train(config, f"stage{stage}")["applied"],
-        }
-        if torch.distributed.get_rank() == 0:
-            report[str(stage)]["lr"] = training.logged(config.train.output, "lr")
+        for name, optim in OPTIMS.items():
+            key = f"{name}{stage}"
+            config = descent_config(scratch / f"run {key}", optim, zero_stage=stage)
+            first, second = (momentum.train(config, f"{key} after {stop}", stop_after=stop) for stop in STOPS)
+            applied = [run["applied"] for run in (first, second, momentum.train(config, key))]
+            report[key] = {"applied": applied}
+            if torch.distributed.get_rank() == 0:
+                kinds = ("lr", "gradient_norm", *(["weight_decay"] if optim.final_weight_decay is not None else []))
+                report[key] |= {kind: training.logged(config.train.output, kind) for kind in kinds}
     return report
 
 

@@ -17,6 +17,8 @@ from vitrail.recipes import mae_vitb, mae_vith, mae_vitl
 # Fields of the optimiser and other values than their defaults; all change the numbers of a run.
 DECISIVE = {
     "name": "lars",
+    "schedule": "dino",
+    "final_weight_decay": 0.4,
     "decay": "all",
     "momentum": 0.8,
     "trust_coefficient": 0.02,

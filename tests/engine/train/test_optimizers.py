@@ -147,15 +147,12 @@ def test_foreign_optimisers_are_clipped_and_held_back(monkeypatch, implementatio
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, -1 / norm))
 
 
-def test_clipping_per_tensor_needs_stage_0_and_a_limit(tmp_path):
-    for stage in (1, 2, 3):
-        with pytest.raises(
-            ConfigError, match=rf"clip_per_tensor cannot run with train\.zero_stage {stage}: .*--optim.no-clip"
-        ):
-            choice.choose(configured(tmp_path, stage, clip=3.0, clip_per_tensor=True))
+@pytest.mark.parametrize("stage", range(4))
+def test_clipping_per_tensor_needs_a_limit(tmp_path, stage):
     with pytest.raises(ConfigError, match=r"without a limit does nothing: pass --optim\.clip"):
-        choice.choose(configured(tmp_path, 0, clip_per_tensor=True))
-    assert choice.choose(configured(tmp_path, 0, clip=3.0, clip_per_tensor=True)) == "vitrail"
+        choice.choose(configured(tmp_path, stage, clip_per_tensor=True))
+    taken = choice.choose(configured(tmp_path, stage, clip=3.0, clip_per_tensor=True))
+    assert taken == ("torch" if stage else "vitrail")
 
 
 def test_gradients_in_bf16_need_shards(tmp_path):
@@ -166,10 +163,12 @@ def test_gradients_in_bf16_need_shards(tmp_path):
         assert choice.choose(training.tiny_config(tmp_path, zero_stage=stage, reduce_dtype="bf16")) == "torch"
 
 
-def test_deepspeed_clips_only_where_it_steps(tmp_path):
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_deepspeed_clips_only_where_it_steps_and_by_the_common_norm(tmp_path, per_tensor):
     """In stage 0 it would read and write the gradients that the optimiser clips as it reads them."""
-    limits = [deepspeed_config(configured(tmp_path, stage, clip=2.0), 1)["gradient_clipping"] for stage in range(4)]
-    assert limits == [0.0, 2.0, 2.0, 2.0]
+    configs = [configured(tmp_path, stage, clip=2.0, clip_per_tensor=per_tensor) for stage in range(4)]
+    limits = [deepspeed_config(config, 1)["gradient_clipping"] for config in configs]
+    assert limits == ([0.0] * 4 if per_tensor else [0.0, 2.0, 2.0, 2.0])
 
 
 def test_overview_gives_every_implementation_a_state():

@@ -1,5 +1,6 @@
 """Which parameters are decayed, which follow the schedule, and whether every ZeRO stage steps them so."""
 
+import math
 from dataclasses import replace
 from itertools import chain
 
@@ -7,14 +8,13 @@ import descent
 import pytest
 import torch
 import training
-from descent import POISON, STOP
+from descent import POISON, RELEASE, STOPS, WARMUP
 from safetensors.torch import load_file
 from training import STEPS
 
 from vitrail.engine.methods.mae import MAE
 from vitrail.engine.train import OptimConfig
 from vitrail.engine.train.param_groups import parameter_groups
-from vitrail.engine.train.schedules import cosine_with_warmup
 
 
 def names_of(method, groups):
@@ -54,65 +54,122 @@ def test_frozen_parameters_reach_no_group(tmp_path):
         parameter_groups(method, config)
 
 
+def test_a_schedule_of_the_decay_is_for_those_that_are_decayed(tmp_path):
+    config = descent.descent_config(tmp_path, descent.ADAMW)
+    groups = parameter_groups(descent.Descent(), config)
+    assert [(group["weight_decay"], "scheduled_decay" in group) for group in groups] == [(0.0, False), (0.04, True)] * 3
+
+
 @pytest.mark.parametrize("decay", ["matrices", "all"])
-def test_networks_off_the_schedule_have_groups_of_their_own(tmp_path, decay):
+def test_networks_off_the_schedule_and_held_ones_have_groups_of_their_own(tmp_path, decay):
     config = descent.descent_config(tmp_path)
     config = replace(config, optim=replace(config.optim, decay=decay, lr=None, base_lr=1.6))
     method = descent.Descent()
     groups = parameter_groups(method, config)
     found = names_of(method, groups)
     spared, decayed = {"weight_decay": 0.0}, {"weight_decay": 0.125}
-    held = {"fixed_lr": 0.1}  # 1.6 x 16 / 256
+    fixed, held = {"fixed_lr": 0.1}, {"held": True}  # 1.6 x 16 / 256
     wanted = {
         "matrices": [
             (["encoder.bias"], spared),
             (["encoder.weight"], decayed),
-            (["predictor.bias"], spared | held),
-            (["predictor.weight"], decayed | held),
+            (["predictor.bias"], spared | fixed),
+            (["predictor.weight"], decayed | fixed),
+            (["prototypes.bias"], spared | held),
+            (["prototypes.weight"], decayed | held),
         ],
         "all": [
             (["encoder.weight", "encoder.bias"], decayed),
-            (["predictor.weight", "predictor.bias"], decayed | held),
+            (["predictor.weight", "predictor.bias"], decayed | fixed),
+            (["prototypes.weight", "prototypes.bias"], decayed | held),
         ],
     }[decay]
     options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     assert list(zip(found, options, strict=True)) == wanted
 
 
-# --- SGD on two ranks, interrupted -----------------------------------------------------------------------------------
+# --- on two ranks, interrupted twice ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Reports and final weights of every stage."""
+    """The folder of weights, and the reports by optimiser and stage."""
     folder = tmp_path_factory.mktemp("descent")
-    report = training.run_case("stages", folder, ranks=2, script=descent.__file__)
-    return {stage: (report[stage], load_file(folder / f"stage{stage}.safetensors")) for stage in report}
+    return folder, training.run_case("stages", folder, ranks=2, script=descent.__file__)
 
 
-def rate(step):
-    """The scheduled learning rate."""
-    return cosine_with_warmup(step, peak=descent.OPTIM.lr, final=0.0, warmup=0, total=STEPS)
+def half_cosine(start, end, steps):
+    return [end + (start - end) * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
 
 
-def expected(name, weights):
-    """SGD with L2 decay by its formula, in float64, poisoned steps left out."""
-    weights, velocity = weights.double(), torch.zeros_like(weights, dtype=torch.float64)
-    for step in set(range(STEPS)) - set(POISON):
-        gradient = weights - descent.target(step) + descent.OPTIM.weight_decay * weights
-        velocity = descent.OPTIM.momentum * velocity + gradient
-        weights = weights - (descent.OPTIM.lr if name.startswith("predictor.") else rate(step)) * velocity
-    return weights
+RATES = {
+    "sgd": half_cosine(0.25, 0.0, STEPS),
+    "adamw": [0.0, 0.25, *half_cosine(0.25, 0.0, STEPS - WARMUP)],
+}
+DECAYS = {"sgd": [0.125] * STEPS, "adamw": half_cosine(0.04, 0.4, STEPS)}
+
+
+def textbook(name):
+    """Weights and gradient norms by the formulas, in float64, poisoned steps left out and prototypes held."""
+    optim = descent.OPTIMS[name]
+    weights = {key: descent.start(p.shape).double() for key, p in descent.Descent().named_parameters()}
+    moments = {key: [torch.zeros_like(value), torch.zeros_like(value), 0] for key, value in weights.items()}
+    norms = {}
+    for step in sorted(set(range(STEPS)) - set(POISON)):
+        active = [key for key in weights if step >= RELEASE or not key.startswith("prototypes.")]
+        gradients = {key: weights[key] - descent.target(step) for key in active}
+        common = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+        norms[step] = common
+        for key, gradient in gradients.items():
+            norm = gradient.norm().item() if optim.clip_per_tensor else common
+            gradient = gradient * min(1.0, optim.clip / (norm + 1e-6))
+            lr = optim.lr if key.startswith("predictor.") else RATES[name][step]
+            decay = DECAYS[name][step] if optim.decay == "all" or key.endswith("weight") else 0.0
+            weights[key] = {"sgd": sgd, "adamw": adamw}[name](weights[key], gradient, moments[key], lr, decay)
+    return weights, norms
+
+
+def sgd(weight, gradient, moments, lr, decay):
+    """SGD with momentum and L2 decay."""
+    moments[0] = descent.SGD.momentum * moments[0] + gradient + decay * weight
+    return weight - lr * moments[0]
+
+
+def adamw(weight, gradient, moments, lr, decay):
+    """AdamW (arXiv 1711.05101)."""
+    (beta1, beta2), eps = descent.ADAMW.betas, descent.ADAMW.eps
+    moments[0] = beta1 * moments[0] + (1 - beta1) * gradient
+    moments[1] = beta2 * moments[1] + (1 - beta2) * gradient**2
+    moments[2] += 1
+    mean, square = moments[0] / (1 - beta1 ** moments[2]), moments[1] / (1 - beta2 ** moments[2])
+    return weight * (1 - lr * decay) - lr * mean / (square.sqrt() + eps)
 
 
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", "0123")
-def test_sgd_follows_its_formula_in_every_stage(runs, stage):
-    report, weights = runs[stage]
-    assert report["first"] + report["second"] == [step not in POISON for step in range(STEPS)]
-    assert len(report["first"]) == STOP
-    assert report["lr"] == pytest.approx([rate(step) for step in range(STEPS)])
-    assert weights.keys() == {f"{net}.{kind}" for net in ("encoder", "predictor") for kind in ("weight", "bias")}
-    for name, value in weights.items():
-        torch.testing.assert_close(value.double(), expected(name, descent.start(value.shape)), rtol=0, atol=2e-6)
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+class TestLaunched:
+    def test_steps_follow_the_formulas(self, runs, name, stage):
+        folder, reports = runs
+        expected, norms = textbook(name)
+        weights, report = load_file(folder / f"{name}{stage}.safetensors"), reports[name + stage]
+        assert [len(part) for part in report["applied"]] == [STOPS[0], STOPS[1] - STOPS[0], STEPS - STOPS[1]]
+        assert list(chain(*report["applied"])) == [step not in POISON for step in range(STEPS)]
+        assert {step: report["gradient_norm"][step] for step in norms} == pytest.approx(norms, rel=1e-5)
+        assert weights.keys() == expected.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(value.double(), expected[key], rtol=0, atol=2e-6)
+
+    def test_rates_are_logged_as_scheduled(self, runs, name, stage):
+        report = runs[1][name + stage]
+        assert report["lr"] == pytest.approx(RATES[name], abs=1e-12)
+        assert report.get("weight_decay", DECAYS[name]) == pytest.approx(DECAYS[name])
+
+    def test_what_is_held_does_not_move_by_a_bit(self, runs, name, stage):
+        folder, _ = runs
+        held = load_file(folder / f"{name}{stage} after {STOPS[0]}.safetensors")
+        released = load_file(folder / f"{name}{stage}.safetensors")
+        for key, value in held.items():
+            assert torch.equal(value, descent.start(value.shape)) == key.startswith("prototypes.")
+            assert not torch.equal(released[key], descent.start(value.shape))
