@@ -60,7 +60,7 @@ def window_backward_kernel(
         pad_value = load_head(qkv_bias + 2 * channels + head * HEAD, HEAD, BLOCK_HEAD).to(qkv.dtype.element_ty)
         key_sum = tl.zeros([BLOCK_HEAD], tl.float32)
         value_sum = tl.zeros([BLOCK_HEAD], tl.float32)
-    for window in range(program, windows, programs):
+    for window in tl.range(program, windows, programs, disable_licm=True):
         image, down, across = split_window(window, sizes)
         row, column, real, region = locate(position, down, across, sizes, WINDOW, SHIFT, PADDED, INT64)
         real = real & counted
@@ -144,7 +144,7 @@ def query_backward_kernel(
 ):
     """Writes one head's gradient of BLOCK queries of every `programs`-th window, and that of their pairs' biases.
 
-    The gradients of the biases stay in registers, for each tile of keys in a variable of its own.
+    The gradients of the biases stay in registers, for each of eight tiles of keys in a variable of its own.
     """
     TOKENS: tl.constexpr = WINDOW * WINDOW
     TILES: tl.constexpr = (TOKENS + HELD - 1) // HELD
@@ -168,7 +168,11 @@ def query_backward_kernel(
     sums1 = tl.zeros([HELD, STREAMED], tl.float32)
     sums2 = tl.zeros([HELD, STREAMED], tl.float32)
     sums3 = tl.zeros([HELD, STREAMED], tl.float32)
-    for window in range(program, windows, programs):
+    sums4 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums5 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums6 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums7 = tl.zeros([HELD, STREAMED], tl.float32)
+    for window in tl.range(program, windows, programs, disable_licm=True):
         image, down, across = split_window(window, sizes)
         row, column, real, region = locate(position, down, across, sizes, WINDOW, SHIFT, PADDED, INT64)
         real = real & counted
@@ -190,7 +194,7 @@ def query_backward_kernel(
         tl.store(delta + first + place, mean, mask=real)
         level = tl.load(lse + first + place, mask=real, other=float("inf")) * LOG2E
         to_query = tl.zeros([HELD, BLOCK_HEAD], tl.float32)
-        for part in range(PARTS):
+        for part in tl.range(0, PARTS, disable_licm=True):
             slot = part * STREAMED + tl.arange(0, STREAMED)
             key_position = tl.minimum(slot, TOKENS - 1)
             key_row, key_column, there, key_region = locate(
@@ -215,20 +219,37 @@ def query_backward_kernel(
                 sums1 += change
             elif part == 2:
                 sums2 += change
-            else:
+            elif part == 3:
                 sums3 += change
+            elif part == 4:
+                sums4 += change
+            elif part == 5:
+                sums5 += change
+            elif part == 6:
+                sums6 += change
+            else:
+                sums7 += change
             to_query = tl.dot(change.to(key.dtype), key, to_query, input_precision=PRECISION)
         target = grad_qkv + image * sizes[0] * sizes[1] * 3 * channels + head * HEAD
         store_tokens(target, place * 3 * channels, real, to_query * scale, HEAD, BLOCK_HEAD)
     pairs += (program * heads + head).to(tl.int64) * (TOKENS * PARTS * STREAMED)
     pairs += (tile * HELD + tl.arange(0, HELD))[:, None] * (PARTS * STREAMED) + tl.arange(0, STREAMED)[None, :]
-    tl.store(pairs, sums0, mask=counted[:, None])
+    inside = counted[:, None]
+    tl.store(pairs, sums0, mask=inside)
     if PARTS > 1:
-        tl.store(pairs + STREAMED, sums1, mask=counted[:, None])
+        tl.store(pairs + 1 * STREAMED, sums1, mask=inside)
     if PARTS > 2:
-        tl.store(pairs + 2 * STREAMED, sums2, mask=counted[:, None])
+        tl.store(pairs + 2 * STREAMED, sums2, mask=inside)
     if PARTS > 3:
-        tl.store(pairs + 3 * STREAMED, sums3, mask=counted[:, None])
+        tl.store(pairs + 3 * STREAMED, sums3, mask=inside)
+    if PARTS > 4:
+        tl.store(pairs + 4 * STREAMED, sums4, mask=inside)
+    if PARTS > 5:
+        tl.store(pairs + 5 * STREAMED, sums5, mask=inside)
+    if PARTS > 6:
+        tl.store(pairs + 6 * STREAMED, sums6, mask=inside)
+    if PARTS > 7:
+        tl.store(pairs + 7 * STREAMED, sums7, mask=inside)
 
 
 @triton.jit
@@ -283,7 +304,7 @@ def key_backward_kernel(
         pad_value = load_head(qkv_bias + 2 * channels + head * HEAD, HEAD, BLOCK_HEAD).to(qkv.dtype.element_ty)
         key_sum = tl.zeros([BLOCK_HEAD], tl.float32)
         value_sum = tl.zeros([BLOCK_HEAD], tl.float32)
-    for window in range(program, windows, programs):
+    for window in tl.range(program, windows, programs, disable_licm=True):
         image, down, across = split_window(window, sizes)
         key_row, key_column, there, key_region = locate(key_position, down, across, sizes, WINDOW, SHIFT, PADDED, INT64)
         key_region = tl.where(counted, key_region, -1)

@@ -14,7 +14,18 @@ from ..launch import Passes, launch, record_launches
 from ..reduction import sum_partials
 from ..tiles import LN2, LOG2E, MULTIPROCESSORS
 from .gradient import key_backward_kernel, query_backward_kernel, table_backward_kernel, window_backward_kernel
-from .tokens import Layout, layout, load_bias, load_head, load_tokens, locate, slope, split_window, store_tokens
+from .tokens import (
+    LARGEST,
+    Layout,
+    layout,
+    load_bias,
+    load_head,
+    load_tokens,
+    locate,
+    slope,
+    split_window,
+    store_tokens,
+)
 
 PROGRAMS = 4096  # that a launch aims at: several for each multiprocessor
 MAX_WINDOWS = 16  # of a program, which loads the biases of a small window once for all of them
@@ -126,11 +137,14 @@ def forward(
     lse = torch.empty((batch, num_heads, height, width), dtype=torch.float32, device=qkv.device)
     divided = layout(qkv, qkv_bias, window_size, shift, num_heads, out)
     table, table_strides = _table(bias_table, divided)
-    programs = triton.cdiv(PROGRAMS, num_heads * divided.tiles)
+    # Twice the queries for the same keys, where no more of them are padding.
+    twice = divided.held == LARGEST and divided.tiles % 2 == 0
+    held, tiles = (2 * divided.held, divided.tiles // 2) if twice else (divided.held, divided.tiles)
+    programs = triton.cdiv(PROGRAMS, num_heads * tiles)
     windows_per_program = min(max(divided.windows // programs, 1), MAX_WINDOWS)
     launch(
         forward_kernel,
-        (num_heads * divided.tiles * triton.cdiv(divided.windows, windows_per_program),),
+        (num_heads * tiles * triton.cdiv(divided.windows, windows_per_program),),
         qkv,
         table,
         qkv_bias,
@@ -143,11 +157,11 @@ def forward(
         divided.sizes,
         qkv.stride()[:3],
         table_strides,
-        HELD=divided.held,
+        HELD=held,
         STREAMED=divided.streamed,
         **divided.constants,
-        num_warps=4,
-        num_stages=2,
+        num_warps=8 if held > LARGEST else 4,
+        num_stages=2 if divided.tiles == 1 else 1,
     )
     return out, lse
 
@@ -368,4 +382,10 @@ def representative_calls() -> dict[str, Callable[..., Passes]]:
         "fp32 w14 shifted": partial(swin, 14, torch.float32, shift=7),
         "bf16 w16 shifted": partial(swin, 16, shift=8),
         "bf16 w14 D64": partial(swin, 14, width=64),
+        "bf16 w14 D128": partial(swin, 14, width=128),
+        "fp32 w7 D128": partial(swin, 7, torch.float32, width=128),
+        "fp32 w14 D64": partial(swin, 14, torch.float32, width=64),
+        "fp32 w14 D128": partial(swin, 14, torch.float32, width=128),
+        "bf16 w15": partial(swin, 15),
+        "bf16 w12": partial(swin, 12),
     }

@@ -131,8 +131,8 @@ def layout(
     positions = window_size * window_size
     whole = max(int(triton.next_power_of_2(positions)), MIN_BLOCK)
     # Products of float32 hold more registers, in full precision those of both operands.
-    held = min(whole, LARGEST // 2 if qkv.dtype == torch.float32 else LARGEST)
-    streamed = min(whole, LARGEST)
+    held = LARGEST // 2 if qkv.dtype == torch.float32 else LARGEST
+    held, streamed = (whole, whole) if whole <= held else (held, LARGEST // 2)
     padded = down * window_size != height or across * window_size != width
     head = channels // (3 * num_heads)
     constants = {
