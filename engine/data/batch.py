@@ -1,10 +1,12 @@
 """What a loader hands to the training loop."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from .views import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,10 @@ class Batch:
     """
 
     views: list[Tensor]
-    """One uint8 tensor [b, height, width, 3] per view, RGB, on the loader's device."""
+    """One uint8 tensor [b, height, width, 3] per view, RGB, on the loader's device.
+
+    Views of equal size lie one behind the other in one piece of memory, so that they are one batch without a copy.
+    """
     labels: Tensor | None
     """[b], int64, on the loader's device; None for unlabelled data."""
     indices: Tensor
@@ -44,3 +49,27 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """Stop reading ahead and release threads and memory."""
+
+
+def by_size(views: Sequence[View]) -> list[list[int]]:
+    """Numbers of the views of each size, both in the order in which they come."""
+    numbers: dict[tuple[int, int], list[int]] = {}
+    for number, view in enumerate(views):
+        numbers.setdefault(view.size, []).append(number)
+    return list(numbers.values())
+
+
+def apart(images: Sequence[Tensor], numbers: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The views of a batch, none of them copied.
+
+    Args:
+        images: For each size the images of all its views, view by view, [views * b, height, width, 3].
+        numbers: What `by_size` returned.
+
+    Returns:
+        One tensor [b, height, width, 3] per view, in the order of the views.
+    """
+    views: dict[int, Tensor] = {}
+    for tensor, of_size in zip(images, numbers, strict=True):
+        views.update(zip(of_size, tensor.unflatten(0, (len(of_size), -1)).unbind(), strict=True))
+    return [views[number] for number in range(len(views))]

@@ -1,19 +1,25 @@
 """Views executed with NVIDIA DALI, on a GPU or on CPU threads.
 
 The graph is deterministic arithmetic: encoded bytes and drawn parameters go in, pixels come out, and nothing in it has
-a seed or a state. Each image is decoded once, whatever the number of views.
+a seed or a state. Each image is decoded once. The first operation of each view, a crop, works on the decoded images;
+what then follows is in the graph once, and works on a batch of all samples in all views that have it, of whatever size:
+building a graph, its threads' time and, on a GPU, its kernel launches grow with the number of its nodes, and the
+colours need about 290.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from functools import singledispatch
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial, reduce, singledispatch
+from operator import or_
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from .batch import apart, by_size
 from .faults import DataError
 from .reader import DecodeError, Sample
 from .views import (
@@ -97,11 +103,25 @@ def _(op: CenterCrop, images: Node, params: Node) -> Node:
     return _crop(images, params)
 
 
+# What DALI turns an `if` of a decorated pipeline into. Samples pass both by reference.
+_conditional: Any = vars(fn)["_conditional"]
+
+
+def _split(node: Node, chosen: Node) -> tuple[Node, Node]:
+    """The samples whose `chosen`, a scalar on the CPU, is true, and the others: two smaller batches."""
+    yes, no = _conditional.split(node, predicate=chosen, _if_stmt=True)
+    return yes, no
+
+
+def _merge(yes: Node, no: Node, chosen: Node) -> Node:
+    """One batch with a sample for each of `chosen`: the next of `yes` or the next of `no`."""
+    return _conditional.merge(yes, no, predicate=chosen)
+
+
 def _where(chosen: Node, do: Callable[..., Node], images: Node, *numbers: Node) -> Node:
-    """Do something to those samples whose `chosen`, a scalar on the CPU, is true; the others are not copied."""
-    conditional: Any = vars(fn)["_conditional"]  # what DALI turns an `if` of a decorated pipeline into
-    split = [conditional.split(node, predicate=chosen, _if_stmt=True) for node in (images, *numbers)]
-    return conditional.merge(do(*(yes for yes, _ in split)), split[0][1], predicate=chosen)
+    """Do something to those samples whose `chosen`, a scalar on the CPU, is true."""
+    images, others = _split(images, chosen)
+    return _merge(do(images, *(_split(node, chosen)[0] for node in numbers)), others, chosen)
 
 
 def _beside(numbers: Node, images: Node) -> Node:
@@ -198,6 +218,53 @@ def _(op: Solarize, images: Node, params: Node) -> Node:
     )
 
 
+_DRAWN = {"p", "scale", "ratio", "sigma", "brightness", "contrast", "saturation", "hue"}
+
+
+def _arithmetic(op: Op) -> tuple[Any, ...]:
+    """What an operation computes, apart from how its parameters are drawn."""
+    settings = ((field.name, getattr(op, field.name)) for field in fields(cast(Any, op)) if field.name not in _DRAWN)
+    return (type(op), *settings)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An operation of several views at once."""
+
+    op: Op
+    """That of any of them."""
+    places: Mapping[int, int]
+    """Where it stands among the operations of a view, by the number of the view."""
+
+
+def stages(views: Sequence[View]) -> list[Stage]:
+    """One sequence of operations out of which each view takes all of its own but the first, in their order."""
+    chains = [[_arithmetic(op) for op in view.ops] for view in views]
+    done = [1] * len(views)
+    sequence: list[Stage] = []
+    while True:
+        heads = {
+            number: chain[place]
+            for number, (chain, place) in enumerate(zip(chains, done, strict=True))
+            if chain[place:]
+        }
+        if not heads:
+            return sequence
+        # What some view comes to only later waits for it.
+        later = {op for chain, place in zip(chains, done, strict=True) for op in chain[place + 1 :]}
+        chosen = next((op for op in heads.values() if op not in later), next(iter(heads.values())))
+        places = {number: done[number] for number, op in heads.items() if op == chosen}
+        first = min(places)
+        sequence.append(Stage(views[first].ops[done[first]], places))
+        for number in places:
+            done[number] += 1
+
+
+def _among(view: Node, numbers: Iterable[int]) -> Node:
+    """Whether the view of a sample is one of some."""
+    return reduce(or_, (view == number for number in numbers))
+
+
 class DaliDecoder:
     """Decodes and augments with DALI.
 
@@ -214,50 +281,80 @@ class DaliDecoder:
         self, views: Sequence[View], *, batch: int, device: torch.device, on_gpu: bool, threads: int, prefetch: int
     ) -> None:
         self._views = views
+        self._stages = stages(views)
+        self._sizes = by_size(views)
         self._batch = batch
         self._device = device
         self._on_gpu = on_gpu
         self._threads = threads
         self._prefetch = prefetch
 
+    def _inputs(self, samples: Sequence[Sample]) -> tuple[Any, ...]:
+        """What the graph wants to know, view by view: encoded bytes, parameters by stage, the number of the view."""
+        views = range(len(self._views))
+        encoded = [np.frombuffer(sample.data, np.uint8) for sample in samples]
+        encoded += [_NOTHING] * (len(samples) * (len(views) - 1))  # they are decoded for the first view
+        first = [sample.params[view][0] for view in views for sample in samples]
+        params = (_parameters(stage, samples, len(views)) for stage in self._stages)
+        numbers = [np.repeat(np.array(views, np.int32), len(samples))] if len(views) > 1 else []
+        return (encoded, first, *params, *numbers)
+
     def _pipeline(self, batches: Iterator[Sequence[Sample]]) -> Pipeline:
         """Build a pipeline that pulls from `batches`."""
-        inputs = 1 + sum(len(view.ops) for view in self._views)
-
-        def pull() -> tuple[Any, ...]:
-            samples = next(batches)  # StopIteration is how DALI wants to hear of the end
-            encoded = [np.frombuffer(sample.data, np.uint8) for sample in samples]
-            flat = [list(itertools.chain(*sample.params)) for sample in samples]
-            return (encoded, *(np.stack(params) for params in zip(*flat, strict=True)))
-
         pipeline = Pipeline(
-            batch_size=self._batch,
+            batch_size=self._batch * len(self._views),
             num_threads=self._threads,
             device_id=None if self._device.type == "cpu" else self._device.index,
             prefetch_queue_depth=self._prefetch,
             # The dynamic executor gives every batch memory of its own, so tensors can be handed out without a copy.
             exec_dynamic=True,
         )
+        vectors, several = 1 + len(self._stages), len(self._views) > 1
         with pipeline:
             encoded, *params = fn.external_source(
-                source=pull,
-                num_outputs=inputs,
+                source=lambda: self._inputs(next(batches)),  # StopIteration is how DALI wants to hear of the end
+                num_outputs=1 + vectors + several,
                 batch=True,
                 device="cpu",
-                dtype=[types.UINT8] + [types.FLOAT] * (inputs - 1),
-                ndim=1,
+                dtype=[types.UINT8] + [types.FLOAT] * vectors + [types.INT32] * several,
+                ndim=[1] * (1 + vectors) + [0] * several,
             )
-            decoded = fn.decoders.image(encoded, device="mixed" if self._on_gpu else "cpu", output_type=types.RGB)
-            pending = iter(params)
-            outputs = []
-            for view in self._views:
-                images = decoded
-                for op in view.ops:
-                    images = lower(op, images, next(pending))
-                outputs.append(images if self._device.type == "cpu" else images.gpu())
-            pipeline.set_outputs(*outputs)
+            view = params.pop() if several else None
+            images = self._begin(view, encoded, params[0])
+            for stage, numbers in zip(self._stages, params[1:], strict=True):
+                if len(stage.places) == len(self._views):
+                    images = lower(stage.op, images, numbers)
+                else:
+                    images = _where(_among(view, stage.places), partial(lower, stage.op), images, numbers)
+            outputs = self._of_each_size(view, images)
+            pipeline.set_outputs(*(images if self._device.type == "cpu" else images.gpu() for images in outputs))
         pipeline.build()
         return pipeline
+
+    def _begin(self, view: Node, encoded: Node, params: Node) -> Node:
+        """Decode each image once, and apply the first operation of each view."""
+        if len(self._views) > 1:
+            encoded, _ = _split(encoded, view == 0)
+        decoded = fn.decoders.image(encoded, device="mixed" if self._on_gpu else "cpu", output_type=types.RGB)
+        return self._first(0, decoded, view, params)
+
+    def _first(self, number: int, decoded: Node, view: Node, params: Node) -> Node:
+        """The batch of one view and all that follow, each after its first operation."""
+        op = self._views[number].ops[0]
+        if number == len(self._views) - 1:
+            return lower(op, decoded, params)
+        here = view == number
+        (mine, params), (_, view) = _split(params, here), _split(view, here)
+        return _merge(lower(op, decoded, mine), self._first(number + 1, decoded, view, params), here)
+
+    def _of_each_size(self, view: Node, images: Node) -> Iterator[Node]:
+        """Take the views of each size out of a batch of all views."""
+        for numbers in self._sizes[:-1]:
+            chosen = _among(view, numbers)
+            yes, images = _split(images, chosen)
+            _, view = _split(view, chosen)
+            yield yes
+        yield images
 
     def decode(self, batches: Iterator[Sequence[Sample]]) -> Iterator[list[Tensor]]:
         """See `vitrail.engine.data.stream.Decoder`."""
@@ -274,10 +371,22 @@ class DaliDecoder:
             except RuntimeError as error:
                 raise DecodeError(_reason(error)) from error
             pipeline.schedule_run()
-            yield [from_dlpack(output.as_tensor()) for output in outputs]
+            yield apart([from_dlpack(output.as_tensor()) for output in outputs], self._sizes)
 
     def close(self) -> None:
         """Nothing is held between calls of `decode`."""
+
+
+_NOTHING = np.zeros(1, np.uint8)
+
+
+def _parameters(stage: Stage, samples: Sequence[Sample], views: int) -> npt.NDArray[np.float32]:
+    """[views * b, n]: a stage's parameters for the samples in each view, zero where a view is without it."""
+    number, place = next(iter(stage.places.items()))
+    params = np.zeros((views, len(samples), len(samples[0].params[number][place])), np.float32)
+    for number, place in stage.places.items():
+        np.stack([sample.params[number][place] for sample in samples], out=params[number])
+    return params.reshape(views * len(samples), -1)
 
 
 def _reason(error: RuntimeError) -> str:

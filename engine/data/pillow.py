@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import singledispatch
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
+from .batch import apart, by_size
 from .reader import DecodeError, Sample, open_image
 from .views import (
     CenterCrop,
@@ -150,6 +152,11 @@ def execute(view: View, image: Image.Image, params: Sequence[Params]) -> npt.NDA
     return np.asarray(image)
 
 
+_Flying: TypeAlias = tuple[
+    list[Tensor], list[Future[None]]
+]  # the images of each size, and who is still at work on them
+
+
 class PillowDecoder:
     """Decodes and augments on a pool of threads (Pillow releases the interpreter lock).
 
@@ -162,27 +169,40 @@ class PillowDecoder:
 
     def __init__(self, views: Sequence[View], *, device: torch.device, threads: int, prefetch: int) -> None:
         self._views = views
+        self._sizes = by_size(views)
         self._device = device
         self._prefetch = prefetch
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vitrail-pillow")
 
-    def _sample(self, sample: Sample) -> list[npt.NDArray[np.uint8]]:
+    def _start(self, batch: Sequence[Sample]) -> _Flying:
+        """Have a batch made, in memory of its own."""
+        images = []
+        for numbers in self._sizes:
+            height, width = self._views[numbers[0]].size
+            images.append(torch.empty((len(numbers) * len(batch), height, width, 3), dtype=torch.uint8))
+        views = [view.numpy() for view in apart(images, self._sizes)]
+        return images, [self._pool.submit(self._sample, sample, views, place) for place, sample in enumerate(batch)]
+
+    def _sample(self, sample: Sample, views: Sequence[npt.NDArray[np.uint8]], place: int) -> None:
         image = decode(sample.data)
-        return [execute(view, image, params) for view, params in zip(self._views, sample.params, strict=True)]
+        for view, params, pixels in zip(self._views, sample.params, views, strict=True):
+            pixels[place] = execute(view, image, params)
 
     def decode(self, batches: Iterator[Sequence[Sample]]) -> Iterator[list[Tensor]]:
         """See `vitrail.engine.data.stream.Decoder`."""
-        flying: deque[list[Future[list[npt.NDArray[np.uint8]]]]] = deque()
+        flying: deque[_Flying] = deque()
         more = True
         while more or flying:
             while more and len(flying) <= self._prefetch:
                 batch = next(batches, None)
                 more = batch is not None
                 if batch is not None:
-                    flying.append([self._pool.submit(self._sample, sample) for sample in batch])
+                    flying.append(self._start(batch))
             if flying:
-                images = [future.result() for future in flying.popleft()]
-                yield [self._to_device(torch.from_numpy(np.stack(view))) for view in zip(*images, strict=True)]
+                images, samples = flying.popleft()
+                for sample in samples:
+                    sample.result()
+                yield apart([self._to_device(tensor) for tensor in images], self._sizes)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._device.type == "cpu":

@@ -23,7 +23,7 @@ class Decoder(Protocol):
             batches: Non-empty micro-batches; each is pulled once, in order.
 
         Yields:
-            Per batch, in order, one uint8 tensor [b, height, width, 3] per view.
+            Per batch, in order, one uint8 tensor [b, height, width, 3] per view, as `Batch.views` describes them.
 
         Raises:
             DecodeError: In place of a batch with a sample that cannot be decoded. The iterator is then spent; the

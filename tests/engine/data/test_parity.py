@@ -19,7 +19,7 @@ from vitrail.engine.data import (
     Solarize,
     View,
 )
-from vitrail.engine.data.chains import byol_views, moco_v2_views, moco_v3_views, simclr_views
+from vitrail.engine.data.chains import byol_views, dino_views, moco_v2_views, moco_v3_views, simclr_views
 from vitrail.engine.data.dali import DaliDecoder
 from vitrail.engine.data.pillow import PillowDecoder, decode
 from vitrail.engine.data.reader import Sample, Slot, image_size
@@ -213,6 +213,7 @@ def test_dalis_blur_is_a_gaussian(sigma, photo):
 def test_published_chains(photo):
     """Errors of resampling, colours and blur together; a threshold or a stretch may make much of little in a pixel."""
     views = [view for chain in (moco_v3_views, byol_views, simclr_views, moco_v2_views) for view in chain((48, 56))]
+    views += dino_views((48, 56), (40, 48), locals=2)
     a, b = both(views, [png(photo(seed, 90 + seed, 130 - seed)) for seed in range(24)])
     for one, other in zip(a, b, strict=True):
         d = difference(one, other)
