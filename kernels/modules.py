@@ -132,7 +132,7 @@ class QKVProjection(nn.Linear):
     def __init__(self, dim: int, bias: bool = True) -> None:
         super().__init__(dim, 3 * dim, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
         """Projects [..., C] to [..., 3 C]; returns that and the bias [3 C], if there is one."""
         # Only here: a parameter may exist just while the module that owns it runs (DeepSpeed ZeRO-3).
         return super().forward(x), None if self.bias is None else self.bias.clone()
