@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..train.config import RunConfig
     from ..train.trainer import RunResult
 
-PICTURES = 16  # reconstructions
+PICTURES, LOOKS = 16, 8  # reconstructions, images whose attention is drawn
 COLUMNS, NEIGHBOURS = 10, 4  # of the other pictures
 
 
@@ -111,7 +111,7 @@ def _look(method: Method, config: RunConfig, val: Source, device: torch.device, 
             _paint(method, config, val, device, rank)
         if isinstance(network, VisionTransformer):
             path = config.train.output / "attention.png"
-            show_attention(network, val, config.data, path, device=device, rank=rank)
+            show_attention(network, val, config.data, path, device=device, count=LOOKS, rank=rank)
 
 
 def _paint(method: MAE, config: RunConfig, val: Source, device: torch.device, rank: int) -> None:

@@ -1,5 +1,6 @@
 """Pictures of what a network looks at."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.golden_models import fill_, image, summary
+from tests.support.golden_models import fill_, image
+from tests.support.golden_models import summary as numbers
+from vitrail.engine.data import DataConfig, open_source
+from vitrail.engine.methods.dino import DINOConfig
+from vitrail.engine.methods.esvit import EsViTConfig
+from vitrail.engine.methods.mae import MAEConfig
 from vitrail.engine.models.resnet import ResNetConfig
 from vitrail.engine.models.swin import SwinConfig
 from vitrail.engine.models.vit import ViTConfig, dino_vit, vit_tiny
+from vitrail.engine.show import summary
 from vitrail.engine.show.attention import attention_maps, class_attention, draw_attention, mass_mask, received_attention
+from vitrail.engine.show.matches import match_regions
+from vitrail.engine.train.config import RunConfig, TrainConfig
+from vitrail.engine.train.trainer import RunResult
 
 UNCHANGED = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 TINY = dino_vit(ViTConfig(image_size=(16, 32), patch_size=8, width=24, depth=2, heads=3))
@@ -29,7 +39,7 @@ def test_class_attention_of_the_released_dino():
     found = class_attention(filled(dino_vit(vit_tiny())), image(224))
     assert found.shape == (1, 3, 14, 14)
     expected = (0.006079, 0.003194, 0.003954, 0.003649, 2.97536, 0.138408)
-    assert summary(found) == pytest.approx(expected, rel=2e-5, abs=6e-7)
+    assert numbers(found) == pytest.approx(expected, rel=2e-5, abs=6e-7)
 
 
 @pytest.mark.parametrize("size", [(16, 32), (24, 40)])
@@ -140,3 +150,45 @@ def test_the_picture_outlines_the_mask(tmp_path):
     assert outlined > 6 * 80
     assert drawn(maps, share=0.999)[1] > 6 * 80  # around all cells, at the border of the map
     assert drawn(torch.rand(2, 30, 3, 6))[0][1] < 14 * width / 4  # heads beyond the twelfth are left out
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of twelve images of noise."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(24):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "ab"[i % 2] / f"{i}.png")
+    return DataConfig(path=str(folder), threads=1)
+
+
+PICTURES = {
+    "mae": {"reconstructions.png", "attention.png"},
+    "dino": {"views.png", "neighbours.png", "attention.png"},
+    "esvit": {"views.png", "neighbours.png", "matches.png"},
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mae", MAEConfig), ("dino", DINOConfig), ("esvit", EsViTConfig)])
+def test_the_report_of_a_demo_has_what_its_method_has(name, kind, images, tmp_path, capsys, monkeypatch):
+    for constant in ("PICTURES", "LOOKS", "COLUMNS"):  # every panel of a figure takes a while
+        monkeypatch.setattr(summary, constant, 2)
+    method = kind().demo()
+    config = RunConfig(method=method, data=images, train=TrainConfig(output=tmp_path))
+    trained = RunResult(method.build(), 8, 8, 1.0)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}')
+    source, device = open_source(images), torch.device("cpu")
+    rows = summary.summarise(trained, config, train=source, val=source, rank=0, world=1, device=device)
+    assert {path.name for path in tmp_path.glob("*.png")} == PICTURES[name] | {"curves.png"}
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["accuracy"] == rows
+    assert ("correspondence" in found) == (name == "esvit")
+    told = capsys.readouterr().out
+    assert ("regions" in told) == ("chance" in told) == (name == "esvit")
+    if name == "esvit":
+        assert found["correspondence"]["chance"] == 1 / 16
+        precise = match_regions(trained.method, source, images, precision="bf16", batch=3, device=device)
+        assert found["correspondence"]["images"] == 24
+        assert found["correspondence"]["accuracy"] == pytest.approx(precise.accuracy, abs=0.05)
+        assert found["correspondence"]["untrained"]["distance"] > 0
