@@ -20,7 +20,8 @@ class DataConfig:
     source: SourceKind = "auto"
     """What `path` is; auto looks. demo is the bundled set of digits, replay repeats a few batches for benchmarks."""
     decoder: DecoderKind = "auto"
-    """Where DALI decodes: auto takes the device of the training. pillow does without DALI."""
+    """Where DALI decodes: auto takes the device of the training. pillow does without DALI; so does auto on a CPU where
+    views change colours."""
     threads: int = 0
     """Threads per process for reading and decoding; 0 shares this machine's cores among its processes."""
     prefetch: int = 2

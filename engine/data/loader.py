@@ -1,5 +1,6 @@
 """Loaders: endless shuffled training batches, and one ordered pass for evaluation."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,11 @@ from .reader import Reader, Sample, Slot
 from .replay import ReplayLoader, ReplaySource
 from .source import Source
 from .stream import Decoder, Stream
-from .views import View
+from .views import ColorJitter, GaussianBlur, RandomGrayscale, Solarize, View
+
+logger = logging.getLogger("vitrail.data")
+
+_COLOURS = (ColorJitter, RandomGrayscale, GaussianBlur, Solarize)
 
 
 def _resolve(device: torch.device | str) -> torch.device:
@@ -31,6 +36,9 @@ def _resolve(device: torch.device | str) -> torch.device:
 
 def _decoder(config: DataConfig, views: Sequence[View], *, batch: int, device: torch.device, threads: int) -> Decoder:
     kind, prefetch = config.decoder, config.prefetch
+    if kind == "auto" and device.type == "cpu" and any(isinstance(op, _COLOURS) for view in views for op in view.ops):
+        kind = "pillow"
+        logger.info("decoding with Pillow, which changes colours for less of the CPU's time: --data.decoder auto")
     if kind == "pillow":
         return PillowDecoder(views, device=device, threads=threads, prefetch=prefetch)
     if kind == "gpu" and device.type != "cuda":

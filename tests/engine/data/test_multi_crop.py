@@ -188,6 +188,14 @@ def test_replayed_crops_are_held_not_copied(images, whole):
         assert [v.data_ptr() for v in batch.views] == [v.data_ptr() for v in batches[number % 2].views]
 
 
+def test_auto_on_a_cpu_takes_pillow_for_colours_and_says_so(images, whole, caplog):
+    with caplog.at_level("INFO", "vitrail.data"):
+        batches, _ = take(images, "auto", 1)
+    assert same(batches, whole["pillow"][:1])
+    assert not same(batches, whole["cpu"][:1])
+    assert [record.message.partition(",")[0] for record in caplog.records] == ["decoding with Pillow"]
+
+
 def test_views_of_a_size_are_taken_apart_in_order():
     views = [View(name="v", ops=(RandomResizedCrop(size=size),)) for size in (4, 2, 4, 3, 2)]
     numbers = by_size(views)
