@@ -67,7 +67,7 @@ class Pulled(nn.Linear):
 
 @dataclass(kw_only=True)
 class DescentConfig(MethodConfig):
-    """Three networks, of which one keeps its learning rate and one is held at first."""
+    """Networks of which one keeps its learning rate and one is held at first."""
 
     def build(self) -> "Descent":
         return Descent()
@@ -84,7 +84,8 @@ class Descent(Method):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.predictor, self.prototypes = Pulled(500, 211), Pulled(7, 3), Pulled(40, 1)
+        self.encoder, self.neck = Pulled(500, 211), Pulled(11, 5)
+        self.predictor, self.prototypes = Pulled(7, 3), Pulled(40, 1)
         self.applied: list[bool] = []
 
     def views(self) -> list[View]:
@@ -92,7 +93,7 @@ class Descent(Method):
 
     def forward(self, batch: Any, schedule: Schedule) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         goal = target(schedule.step)
-        loss = self.encoder(goal) + self.predictor(goal) + self.prototypes(goal)
+        loss = sum(network(goal) for network in self.children())
         if schedule.step in POISON:
             loss = loss * math.nan
         return loss, {"loss": loss.detach()}

@@ -71,15 +71,15 @@ def test_networks_off_the_schedule_and_held_ones_have_groups_of_their_own(tmp_pa
     fixed, held = {"fixed_lr": 0.1}, {"held": True}  # 1.6 x 16 / 256
     wanted = {
         "matrices": [
-            (["encoder.bias"], spared),
-            (["encoder.weight"], decayed),
+            (["encoder.bias", "neck.bias"], spared),
+            (["encoder.weight", "neck.weight"], decayed),
             (["predictor.bias"], spared | fixed),
             (["predictor.weight"], decayed | fixed),
             (["prototypes.bias"], spared | held),
             (["prototypes.weight"], decayed | held),
         ],
         "all": [
-            (["encoder.weight", "encoder.bias"], decayed),
+            (["encoder.weight", "encoder.bias", "neck.weight", "neck.bias"], decayed),
             (["predictor.weight", "predictor.bias"], decayed | fixed),
             (["prototypes.weight", "prototypes.bias"], decayed | held),
         ],
