@@ -199,6 +199,10 @@ def _training() -> Table:
     table.add_row("loss over the whole batch", "--train.grad-cache", "two views, no batch norm in the backbone")
     table.add_row("batch statistics of all ranks", "as the method has it", "any backend: gloo on CPUs, NCCL on GPUs")
     table.add_row("decay of vectors too", "--optim.decay all", "any optimiser but LARS")
+    table.add_row("decay that moves", "--optim.final-weight-decay", "any optimiser, every ZeRO stage")
+    table.add_row("schedule of DINO's code", "--optim.schedule dino", "any optimiser, every ZeRO stage")
+    table.add_row("clipping of each tensor", "--optim.clip-per-tensor", "--optim.clip; every ZeRO stage")
+    table.add_row("parameters held at first", "as the method has it", "any optimiser, every ZeRO stage")
     for kind, policies in POLICIES.items():
         table.add_row(f"guard: {kind}", f"--guard.{kind}", " | ".join(policies))
     return table

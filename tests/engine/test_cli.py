@@ -53,7 +53,8 @@ def test_doctor_names_versions_implementations_and_reasons(vitrail):
 
 def test_doctor_names_the_options_of_training(vitrail):
     _, text = vitrail("doctor")
-    for flag in ("--method.freeze-patch-embed", "--train.grad-cache", "--optim.decay all", "--guard.spike"):
+    flags = ("--method.freeze-patch-embed", "--train.grad-cache", "--guard.spike")
+    for flag in (*flags, *(f"--optim.{name}" for name in ("decay all", "final-weight-decay", "schedule dino"))):
         assert flag in text
     assert "warn | rollback | stop" in text
 
