@@ -1,13 +1,14 @@
 """Input pipelines: encoded photographs in, uint8 batches on the device out; then decoding and every operation alone.
 
-Views (`MAE views`, `evaluation view`). Files are read from the page cache, in the same shuffled order by everybody.
+Views (`MAE views`; `DINO views`: two crops of 224 pixels and eight of 96; `evaluation view`). Files are read from the
+page cache, in the same shuffled order by everybody.
 
 * `DALI` and `DALI GPU`: this engine's loader with `--data.decoder cpu` and `gpu`.
 * `Pillow`: this engine's loader with `--data.decoder pillow`.
 * `torchvision`: `torch.utils.data.DataLoader` over `torchvision.datasets.ImageFolder`, as the official MAE code sets it
   up, with a worker process for each core: the worker opens the file with Pillow, converts it to RGB and applies
-  torchvision's transforms of the same name to the Pillow image; where the official code goes on with `ToTensor` and
-  `Normalize`, it keeps the bytes (`PILToTensor`), and collates uint8 images [b, 3, H, W].
+  torchvision's transforms of the same name to the Pillow image, and Pillow's blur, as the official DINO code does;
+  where these go on with `ToTensor` and `Normalize`, it keeps the bytes (`PILToTensor`) and collates uint8 [b, 3, H, W].
 
 `decode only` turns JPEGs that are in memory into pixels, and leaves these where the decoder does. torchvision's is
 `torchvision.io.decode_jpeg`.
@@ -51,6 +52,7 @@ from vitrail.engine.data import (
     build_loader,
     open_source,
 )
+from vitrail.engine.data.chains import dino_views
 from vitrail.engine.data.order import permutation, sample_rng
 from vitrail.engine.data.pillow import apply, decode, execute
 from vitrail.engine.data.views import Op, Params
@@ -90,6 +92,7 @@ def view_sets() -> dict[str, Sequence[View]]:
     with torch.device("meta"):  # nobody needs the weights
         return {
             "MAE views": MAE(MAEConfig()).views(),
+            "DINO views": dino_views(224, 96),
             "evaluation view": [evaluation_view((224, 224))],
         }
 
@@ -152,36 +155,8 @@ class Shuffled:
         )
 
 
-class Transforms:
-    """torchvision's form of views: a Pillow image to one uint8 tensor [3, height, width] per view."""
-
-    def __init__(self, views: Sequence[View]) -> None:
-        from torchvision import transforms
-
-        self.views = [
-            transforms.Compose([*(self.transform(op) for op in view.ops), transforms.PILToTensor()]) for view in views
-        ]
-
-    def transform(self, op: Op) -> Any:
-        from torchvision import transforms
-        from torchvision.transforms import InterpolationMode
-
-        if isinstance(op, RandomResizedCrop):
-            mode = InterpolationMode(op.interpolation)
-            return transforms.RandomResizedCrop(op.size, op.scale, op.ratio, interpolation=mode)
-        if isinstance(op, HorizontalFlip):
-            return transforms.RandomHorizontalFlip(op.p)
-        if isinstance(op, Resize):
-            return transforms.Resize(op.size, InterpolationMode(op.interpolation))
-        if isinstance(op, CenterCrop):
-            return transforms.CenterCrop(op.size)
-        raise TypeError(f"{type(op).__name__} has no torchvision form in this benchmark; add it")
-
-    def __call__(self, image: Image.Image) -> list[Tensor]:
-        return [view(image) for view in self.views]
-
-
 def data_loader(views: Sequence[View], job: Job) -> Feed:
+    from bench.transforms import Transforms  # which needs torchvision
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
@@ -212,6 +187,7 @@ def fixed(views: Sequence[View]) -> bool:
 
 
 def loading(name: str, views: Sequence[View]) -> LoaderCase:
+    colours = any(isinstance(op, ColorJitter) for view in views for op in view.ops)
     return LoaderCase(
         name=name,
         shape=lambda job: {**job.photos.shape, "batch": job.batch},
@@ -223,7 +199,7 @@ def loading(name: str, views: Sequence[View]) -> LoaderCase:
             "torchvision": partial(data_loader, views),
         },
         own_draws=() if fixed(views) else ("torchvision",),
-        allowed=GPU_ALLOWED,
+        allowed=GPU_ALLOWED | OP_ALLOWED[ColorJitter] if colours else GPU_ALLOWED,
     )
 
 
