@@ -91,6 +91,10 @@ class MethodConfig(ABC):
         """How long and how fast the demo trains."""
         return DemoRun()
 
+    def demo_rivals(self) -> dict[str, MethodConfig]:
+        """Variants that a demo trains after the method itself, by name, for its report to compare; usually none."""
+        return {}
+
 
 class Method(nn.Module, ABC):
     """A self-supervised method: one module that turns a batch into a loss.

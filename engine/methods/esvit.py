@@ -17,7 +17,7 @@ from ..models.backbone import BackboneConfig
 from ..models.heads import head_flops
 from ..models.multi_crop import group_views
 from ..models.swin import swin_tiny
-from .base import DemoRun, Schedule
+from .base import DemoRun, MethodConfig, Schedule
 from .centers import Distilled
 from .dino import DINO, GLOBAL_CROPS, DINOConfig
 from .joint import spread
@@ -56,6 +56,10 @@ class EsViTConfig(DINOConfig):
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
         return DemoRun(epochs=4, batch_size=128, lr=1e-3, weight_decay=0.04)
+
+    def demo_rivals(self) -> dict[str, MethodConfig]:
+        """The same without the loss of regions, which is there to make regions find each other."""
+        return {"views alone": replace(self, region_loss=False)} if self.region_loss else {}
 
 
 class Encoded(NamedTuple):

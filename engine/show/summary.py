@@ -26,7 +26,7 @@ from ..methods.base import Method
 from ..methods.mae import MAE
 from ..models.vit import VisionTransformer
 from .attention import show_attention
-from .matches import draw_matches, match_regions
+from .matches import compare_correspondence, draw_matches, match_regions
 from .pictures import draw_curves, draw_grid, draw_reconstructions, some_images
 
 if TYPE_CHECKING:
@@ -38,13 +38,22 @@ COLUMNS, NEIGHBOURS = 10, 4  # of the other pictures
 
 
 def summarise(
-    result: RunResult, config: RunConfig, *, train: Source, val: Source, rank: int, world: int, device: torch.device
+    result: RunResult,
+    config: RunConfig,
+    *,
+    train: Source,
+    val: Source,
+    rank: int,
+    world: int,
+    device: torch.device,
+    rivals: dict[str, Method] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Probe the trained features beside raw pixels and beside the same network untrained; write pictures.
 
     Collective. Rank 0 writes `summary.json` and `curves.png` into the run's folder, for a masked autoencoder
     `reconstructions.png`, for methods on several views `views.png` and `neighbours.png`, for a ViT `attention.png`,
-    for methods that compare regions `matches.png`, and prints a table.
+    for methods that compare regions `matches.png`, and prints a table. Variants that were trained for comparison are
+    probed too; `correspondence.png` shows how well regions find each other in each of the networks.
 
     Returns:
         On rank 0, per row of the table, accuracies `knn`, `linear`, `linear_standardised`, 0 to 1; elsewhere nothing.
@@ -66,6 +75,7 @@ def summarise(
 
     torch.manual_seed(config.train.seed)
     networks = {"untrained network": config.method.build().to(device), "trained network": result.method}
+    networks |= rivals or {}
     found = {"raw pixels": collect(lambda images: images.flatten(1) / 255)}
     for name, method in networks.items():
         with evaluation_mode(method, config.train.precision):
@@ -96,9 +106,9 @@ def _write(
     output = config.train.output
     summary = {"train_seconds": round(result.train_seconds, 1), "steps": result.step, "accuracy": rows}
     if matched:
-        before, after = (matched[name] for name in ("untrained network", "trained network"))
-        summary["correspondence"] = {**after.numbers(), "untrained": before.numbers()}
-        draw_matches(after, output / "matches.png")
+        summary["correspondence"] = {name: found.numbers() for name, found in matched.items()}
+        draw_matches(matched["trained network"], output / "matches.png")
+        compare_correspondence(matched, output / "correspondence.png")
     draw_curves(output / "metrics.jsonl", output / "curves.png")
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
 

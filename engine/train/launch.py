@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -101,11 +103,21 @@ def _train(config: RunConfig, train: Source, val: Source | None, *, demo: bool) 
     from .trainer import Trainer
 
     rank, world, device = start_processes()
-    result = Trainer(config, train=train, val=val, rank=rank, world=world, device=device).run()
+    place: dict[str, Any] = {"train": train, "val": val, "rank": rank, "world": world, "device": device}
+    result = Trainer(config, **place).run()
     if demo and result.finished and val is not None:
         from ..show.summary import summarise
 
-        summarise(result, config, train=train, val=val, rank=rank, world=world, device=device)
+        rivals = {}
+        for name, method in config.method.demo_rivals().items():
+            if rank == 0:
+                print(f"\n{name}, to compare with")  # noqa: T201 - a heading for what follows
+            output = config.train.output / name.replace(" ", "-")
+            other = Trainer(replace(config, method=method, train=replace(config.train, output=output)), **place).run()
+            if not other.finished:
+                return
+            rivals[name] = other.method
+        summarise(result, config, rivals=rivals, **place)
 
 
 def _provoke(config: RunConfig, train: Source, val: Source | None) -> None:

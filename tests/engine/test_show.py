@@ -22,6 +22,7 @@ from vitrail.engine.show.attention import attention_maps, class_attention, draw_
 from vitrail.engine.show.matches import match_regions
 from vitrail.engine.train.config import RunConfig, TrainConfig
 from vitrail.engine.train.trainer import RunResult
+from vitrail.kernels import WindowAttention
 
 UNCHANGED = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 TINY = dino_vit(ViTConfig(image_size=(16, 32), patch_size=8, width=24, depth=2, heads=3))
@@ -105,6 +106,21 @@ def test_received_attention_is_the_mean_over_the_queries():
     torch.testing.assert_close(whole.sum((2, 3)), torch.ones(1, 4))
 
 
+def test_a_table_that_is_there_only_while_its_module_runs_is_read_in_time():
+    """As ZeRO-3 takes parameters apart again after each module."""
+    model, images = filled(WINDOWED), torch.randn(1, 3, 40, 36)
+    expected = received_attention(model, images)
+
+    def release(module, inputs, output):
+        module.relative_position_bias_table.set_(torch.empty(0))
+
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            module.register_forward_hook(release)
+    with torch.no_grad():
+        assert torch.equal(received_attention(model, images), expected)
+
+
 def test_maps_are_float32_under_autocast_and_without_gradient():
     for config in (TINY, WINDOWED):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -166,7 +182,7 @@ def images(tmp_path_factory):
 PICTURES = {
     "mae": {"reconstructions.png", "attention.png"},
     "dino": {"views.png", "neighbours.png", "attention.png"},
-    "esvit": {"views.png", "neighbours.png", "matches.png"},
+    "esvit": {"views.png", "neighbours.png", "matches.png", "correspondence.png"},
 }
 
 
@@ -179,7 +195,8 @@ def test_the_report_of_a_demo_has_what_its_method_has(name, kind, images, tmp_pa
     trained = RunResult(method.build(), 8, 8, 1.0)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}')
     source, device = open_source(images), torch.device("cpu")
-    rows = summary.summarise(trained, config, train=source, val=source, rank=0, world=1, device=device)
+    rivals = {rival: other.build() for rival, other in method.demo_rivals().items()}
+    rows = summary.summarise(trained, config, train=source, val=source, rank=0, world=1, device=device, rivals=rivals)
     assert {path.name for path in tmp_path.glob("*.png")} == PICTURES[name] | {"curves.png"}
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["accuracy"] == rows
@@ -187,8 +204,10 @@ def test_the_report_of_a_demo_has_what_its_method_has(name, kind, images, tmp_pa
     told = capsys.readouterr().out
     assert ("regions" in told) == ("chance" in told) == (name == "esvit")
     if name == "esvit":
-        assert found["correspondence"]["chance"] == 1 / 16
+        assert set(found["correspondence"]) == {"untrained network", "trained network", "views alone"} <= set(rows)
+        assert not rivals["views alone"].config.region_loss
+        numbers = found["correspondence"]["trained network"]
         precise = match_regions(trained.method, source, images, precision="bf16", batch=3, device=device)
-        assert found["correspondence"]["images"] == 24
-        assert found["correspondence"]["accuracy"] == pytest.approx(precise.accuracy, abs=0.05)
-        assert found["correspondence"]["untrained"]["distance"] > 0
+        assert (numbers["chance"], numbers["images"]) == (1 / 16, 24)
+        assert numbers["accuracy"] == pytest.approx(precise.accuracy, abs=0.05)
+        assert found["correspondence"]["untrained network"]["distance"] > 0
