@@ -90,7 +90,9 @@ def received_attention(swin: SwinTransformer, images: Tensor) -> Tensor:
     seen: list[Tensor | None] = []
 
     def keep(_: nn.Module, __: Any, projected: tuple[Tensor, Tensor | None]) -> None:
-        seen.extend((*projected, attention.relative_position_bias_table))  # here ZeRO-3 has the table gathered
+        # Copies: ZeRO-3 has the table gathered for as long as the module runs.
+        parts = (*projected, attention.relative_position_bias_table)
+        seen.extend(None if part is None else part.detach().float().clone() for part in parts)
 
     hook = attention.qkv.register_forward_hook(keep)
     try:
@@ -98,7 +100,7 @@ def received_attention(swin: SwinTransformer, images: Tensor) -> Tensor:
             swin.forward_features(images)
     finally:
         hook.remove()
-    qkv, bias, table = (None if tensor is None else tensor.detach().float().clone() for tensor in seen)
+    qkv, bias, table = seen
     assert qkv is not None
     assert table is not None
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
