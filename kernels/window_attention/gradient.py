@@ -26,7 +26,8 @@ def window_backward_kernel(
     grad_strides,
     strides,
     table_strides,
-    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
+    STREAMED: tl.constexpr,
     WINDOW: tl.constexpr,
     SHIFT: tl.constexpr,
     HEAD: tl.constexpr,
@@ -37,24 +38,28 @@ def window_backward_kernel(
     UPCAST: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Writes one head's gradients of every `programs`-th window of one tile, and the sums over these windows.
+    """Writes one head's gradients of every `programs`-th window, and the sums over these windows.
 
-    Matrices of pairs have keys in rows and queries in columns: only one of the four products needs one transposed.
+    All keys of a window are held, and its queries come in one tile or two: more at a time would spill. Matrices of
+    pairs have keys in rows and queries in columns, so that only one of the five products needs one transposed.
     """
     TOKENS: tl.constexpr = WINDOW * WINDOW
+    PARTS: tl.constexpr = HELD // STREAMED
     head = tl.program_id(0) % heads
     program = tl.program_id(0) // heads
     channels = heads * HEAD
     qkv += head * HEAD
+    grad += head * HEAD
     grad_qkv += head * HEAD
+    table += head * table_strides[1]
     factor = scale * LOG2E
 
-    asked = tl.arange(0, BLOCK)
+    asked = tl.arange(0, HELD)
     counted = asked < TOKENS
-    position = tl.minimum(asked, TOKENS - 1)
-    slopes = slope(position, WINDOW)
-    bias = load_bias(table + head * table_strides[1], slopes[None, :] - slopes[:, None], table_strides[0], WINDOW)
-    sums = tl.zeros([BLOCK, BLOCK], tl.float32)
+    key_position = tl.minimum(asked, TOKENS - 1)
+    key_slope = slope(key_position, WINDOW)
+    sums0 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums1 = tl.zeros([HELD, STREAMED], tl.float32)
     if FILL:
         pad_key = load_head(qkv_bias + channels + head * HEAD, HEAD, BLOCK_HEAD).to(qkv.dtype.element_ty)
         pad_value = load_head(qkv_bias + 2 * channels + head * HEAD, HEAD, BLOCK_HEAD).to(qkv.dtype.element_ty)
@@ -62,48 +67,61 @@ def window_backward_kernel(
         value_sum = tl.zeros([BLOCK_HEAD], tl.float32)
     for window in tl.range(program, windows, programs, disable_licm=True):
         image, down, across = split_window(window, sizes)
-        row, column, real, region = locate(position, down, across, sizes, WINDOW, SHIFT, PADDED, INT64)
-        real = real & counted
-        key_region = tl.where(counted, region, -1)
-        offset = row * strides[1] + column * strides[2]
+        key_row, key_column, there, key_region = locate(key_position, down, across, sizes, WINDOW, SHIFT, PADDED, INT64)
+        key_region = tl.where(counted, key_region, -1)
         source = qkv + image * strides[0]
-        query = load_tokens(source, offset, real, HEAD, BLOCK_HEAD, UPCAST)
-        key = load_tokens(source + channels, offset, real, HEAD, BLOCK_HEAD, UPCAST)
-        value = load_tokens(source + 2 * channels, offset, real, HEAD, BLOCK_HEAD, UPCAST)
-        if FILL:
-            key = tl.where(real[:, None], key, pad_key[None, :].to(key.dtype))
-            value = tl.where(real[:, None], value, pad_value[None, :].to(value.dtype))
-        upstream = load_tokens(
-            grad + image * grad_strides[0] + head * HEAD,
-            row * grad_strides[1] + column * grad_strides[2],
-            real,
-            HEAD,
-            BLOCK_HEAD,
-            UPCAST,
-        )
-        place = row * sizes[1] + column
-        # Of what is no query, infinity: its probabilities are zero.
-        level = tl.load(lse + (image * heads + head) * sizes[0] * sizes[1] + place, mask=real, other=float("inf"))
-        logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * factor + bias
-        logits = tl.where(key_region[:, None] == region[None, :], logits, float("-inf"))
-        weight = tl.exp2(logits - (level * LOG2E)[None, :])
-        to_value = tl.dot(weight.to(query.dtype), upstream, input_precision=PRECISION)
-        change = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
-        change = weight * (change - tl.sum(weight * change, 0)[None, :])
-        sums += change
-        change = change.to(query.dtype)
-        to_key = tl.dot(change, query, input_precision=PRECISION) * scale
-        to_query = tl.dot(tl.trans(change), key, input_precision=PRECISION) * scale
         target = grad_qkv + image * sizes[0] * sizes[1] * 3 * channels
-        store_tokens(target, place * 3 * channels, real, to_query, HEAD, BLOCK_HEAD)
-        store_tokens(target + channels, place * 3 * channels, real, to_key, HEAD, BLOCK_HEAD)
-        store_tokens(target + 2 * channels, place * 3 * channels, real, to_value, HEAD, BLOCK_HEAD)
+        first = (image * heads + head) * sizes[0] * sizes[1]
+        key_offset = key_row * strides[1] + key_column * strides[2]
+        key = load_tokens(source + channels, key_offset, there, HEAD, BLOCK_HEAD, UPCAST)
+        value = load_tokens(source + 2 * channels, key_offset, there, HEAD, BLOCK_HEAD, UPCAST)
         if FILL:
-            padded = (counted & ~real)[:, None]
+            key = tl.where(there[:, None], key, pad_key[None, :].to(key.dtype))
+            value = tl.where(there[:, None], value, pad_value[None, :].to(value.dtype))
+        to_key = tl.zeros([HELD, BLOCK_HEAD], tl.float32)
+        to_value = tl.zeros([HELD, BLOCK_HEAD], tl.float32)
+        for part in tl.range(0, PARTS, disable_licm=True):
+            slot = part * STREAMED + tl.arange(0, STREAMED)
+            position = tl.minimum(slot, TOKENS - 1)
+            row, column, real, region = locate(position, down, across, sizes, WINDOW, SHIFT, PADDED, INT64)
+            real = real & (slot < TOKENS)
+            place = row * sizes[1] + column
+            query = load_tokens(source, row * strides[1] + column * strides[2], real, HEAD, BLOCK_HEAD, UPCAST)
+            offset = row * grad_strides[1] + column * grad_strides[2]
+            upstream = load_tokens(grad + image * grad_strides[0], offset, real, HEAD, BLOCK_HEAD, UPCAST)
+            # Of what is no query, infinity: its probabilities are zero.
+            level = tl.load(lse + first + place, mask=real, other=float("inf")) * LOG2E
+            difference = slope(position, WINDOW)[None, :] - key_slope[:, None]
+            logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * factor
+            logits += load_bias(table, difference, table_strides[0], WINDOW)
+            logits = tl.where(key_region[:, None] == region[None, :], logits, float("-inf"))
+            weight = tl.exp2(logits - level[None, :])
+            to_value = tl.dot(weight.to(query.dtype), upstream, to_value, input_precision=PRECISION)
+            change = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
+            change = weight * (change - tl.sum(weight * change, 0)[None, :])
+            if part == 0:
+                sums0 += change
+            else:
+                sums1 += change
+            change = change.to(query.dtype)
+            to_key = tl.dot(change, query, to_key, input_precision=PRECISION)
+            to_query = tl.dot(tl.trans(change), key, input_precision=PRECISION) * scale
+            store_tokens(target, place * 3 * channels, real, to_query, HEAD, BLOCK_HEAD)
+        to_key *= scale
+        stored = there & counted
+        key_offset = (key_row * sizes[1] + key_column) * 3 * channels
+        store_tokens(target + channels, key_offset, stored, to_key, HEAD, BLOCK_HEAD)
+        store_tokens(target + 2 * channels, key_offset, stored, to_value, HEAD, BLOCK_HEAD)
+        if FILL:
+            padded = (counted & ~there)[:, None]
             key_sum += tl.sum(tl.where(padded, to_key, 0.0), 0)
             value_sum += tl.sum(tl.where(padded, to_value, 0.0), 0)
-    pairs += tl.program_id(0).to(tl.int64) * (TOKENS * BLOCK)
-    tl.store(pairs + asked[None, :] * BLOCK + asked[:, None], sums, mask=counted[None, :])
+    pairs += tl.program_id(0).to(tl.int64) * (TOKENS * HELD)
+    part_query = tl.arange(0, STREAMED)[None, :]
+    tl.store(pairs + part_query * HELD + asked[:, None], sums0, mask=part_query < TOKENS)
+    if PARTS > 1:
+        part_query += STREAMED
+        tl.store(pairs + part_query * HELD + asked[:, None], sums1, mask=part_query < TOKENS)
     if FILL:
         channel = tl.arange(0, BLOCK_HEAD)
         padding += tl.program_id(0) * (2 * HEAD)
@@ -144,7 +162,7 @@ def query_backward_kernel(
 ):
     """Writes one head's gradient of BLOCK queries of every `programs`-th window, and that of their pairs' biases.
 
-    The gradients of the biases stay in registers, for each of eight tiles of keys in a variable of its own.
+    The gradients of the biases stay in registers, for each of up to 16 tiles of keys in a variable of its own.
     """
     TOKENS: tl.constexpr = WINDOW * WINDOW
     TILES: tl.constexpr = (TOKENS + HELD - 1) // HELD
@@ -172,6 +190,14 @@ def query_backward_kernel(
     sums5 = tl.zeros([HELD, STREAMED], tl.float32)
     sums6 = tl.zeros([HELD, STREAMED], tl.float32)
     sums7 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums8 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums9 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums10 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums11 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums12 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums13 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums14 = tl.zeros([HELD, STREAMED], tl.float32)
+    sums15 = tl.zeros([HELD, STREAMED], tl.float32)
     for window in tl.range(program, windows, programs, disable_licm=True):
         image, down, across = split_window(window, sizes)
         row, column, real, region = locate(position, down, across, sizes, WINDOW, SHIFT, PADDED, INT64)
@@ -227,8 +253,24 @@ def query_backward_kernel(
                 sums5 += change
             elif part == 6:
                 sums6 += change
-            else:
+            elif part == 7:
                 sums7 += change
+            elif part == 8:
+                sums8 += change
+            elif part == 9:
+                sums9 += change
+            elif part == 10:
+                sums10 += change
+            elif part == 11:
+                sums11 += change
+            elif part == 12:
+                sums12 += change
+            elif part == 13:
+                sums13 += change
+            elif part == 14:
+                sums14 += change
+            else:
+                sums15 += change
             to_query = tl.dot(change.to(key.dtype), key, to_query, input_precision=PRECISION)
         target = grad_qkv + image * sizes[0] * sizes[1] * 3 * channels + head * HEAD
         store_tokens(target, place * 3 * channels, real, to_query * scale, HEAD, BLOCK_HEAD)
@@ -250,6 +292,22 @@ def query_backward_kernel(
         tl.store(pairs + 6 * STREAMED, sums6, mask=inside)
     if PARTS > 7:
         tl.store(pairs + 7 * STREAMED, sums7, mask=inside)
+    if PARTS > 8:
+        tl.store(pairs + 8 * STREAMED, sums8, mask=inside)
+    if PARTS > 9:
+        tl.store(pairs + 9 * STREAMED, sums9, mask=inside)
+    if PARTS > 10:
+        tl.store(pairs + 10 * STREAMED, sums10, mask=inside)
+    if PARTS > 11:
+        tl.store(pairs + 11 * STREAMED, sums11, mask=inside)
+    if PARTS > 12:
+        tl.store(pairs + 12 * STREAMED, sums12, mask=inside)
+    if PARTS > 13:
+        tl.store(pairs + 13 * STREAMED, sums13, mask=inside)
+    if PARTS > 14:
+        tl.store(pairs + 14 * STREAMED, sums14, mask=inside)
+    if PARTS > 15:
+        tl.store(pairs + 15 * STREAMED, sums15, mask=inside)
 
 
 @triton.jit

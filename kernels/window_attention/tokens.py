@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..checks import interpreting
-from ..launch import needs_int64
+from ..launch import capability_of, needs_int64
 from ..tiles import LOG2E, MIN_BLOCK, block, precision_of
 
 LARGEST = 64  # positions of a tile's side: the least that the matrix units of compute capability 9.0 take
@@ -109,7 +109,8 @@ class Layout:
         held: Positions of which a program holds a tile.
         streamed: Positions of a tile that it goes through.
         tiles: Number of tiles of held positions that cover a window.
-        keys: Positions of the tiles of streamed ones that cover a window.
+        together: Whether one program computes all gradients of a window.
+        keys: Columns of a matrix of a window's pairs, as partial sums of them are stored.
         constants: Compile-time arguments of every kernel.
     """
 
@@ -118,6 +119,7 @@ class Layout:
     held: int
     streamed: int
     tiles: int
+    together: bool
     keys: int
     constants: dict[str, Any]
 
@@ -147,12 +149,15 @@ def layout(
         # Images are addressed in 64 bits anyway; within one, offsets reach so far only in the largest maps.
         "INT64": needs_int64(*(tensor[:1] for tensor in (qkv, *tensors))),
     }
+    # What padding adds to the gradients of a window does not fit into the registers on compute capability 8.0.
+    together = whole == held and not (constants["FILL"] and capability_of(qkv.device) < 90)
     return Layout(
         sizes=(height, width, down, across),
         windows=batch * down * across,
         held=held,
         streamed=streamed,
         tiles=triton.cdiv(positions, held),
-        keys=triton.cdiv(positions, streamed) * streamed,
+        together=together,
+        keys=held if together else triton.cdiv(positions, MIN_BLOCK) * MIN_BLOCK,
         constants=constants,
     )
