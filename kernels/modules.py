@@ -150,7 +150,7 @@ class WindowAttention(nn.Module):
         window_size: Side of a window in tokens, 1 to 16.
         shift: Of the windows, 0 to window_size - 1.
         qkv_bias: Whether the projection to queries, keys and values has a bias.
-        impl: Implementation of the attention: `auto`, `triton` or `reference`.
+        impl: Implementation of the attention: `auto`, `triton`, `cuda` or `reference`.
 
     Raises:
         ValueError: An argument is out of range.

@@ -1,11 +1,12 @@
 """Window attention: the op, its registration, its gradients and the public function."""
 
+import platform
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import checks
+from .. import checks, extension
 from ..library import define
 from ..registry import Implementation, Op, check_impl, register
 from .reference import compute_dtype
@@ -59,6 +60,47 @@ def _bind(
         scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
     empty = bias_table.new_empty(0) if qkv_bias is None else qkv_bias
     return qkv, bias_table, empty, window_size, shift, num_heads, float(scale)
+
+
+def _extension_reasons(
+    qkv: torch.Tensor,
+    bias_table: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    window_size: int,
+    shift: int,
+    num_heads: int,
+    scale: float,
+) -> list[str]:
+    """Returns why the compiled extension cannot run this call."""
+    if qkv.device.type != "cpu":
+        return [f"qkv is on {qkv.device}; of this op the extension has the CPU's side alone; use triton"]
+    reasons = extension.reasons(qkv.device)
+    if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        reasons.append("the CPU has no AVX2, for which the extension is written; use the reference")
+    reasons += checks.dtype_reasons((torch.bfloat16, torch.float32), qkv=qkv.dtype)
+    width = qkv.shape[-1] // (3 * num_heads)
+    if width % 16:
+        reasons.append(f"heads are {width} wide; the kernel takes multiples of 16; use the reference")
+    return reasons + checks.last_dim_reasons(qkv=qkv)
+
+
+def _extension_backward_reasons(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    bias_table: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window_size: int,
+    shift: int,
+    num_heads: int,
+    scale: float,
+) -> list[str]:
+    """Returns why the compiled extension cannot run this call."""
+    reasons = _extension_reasons(qkv, bias_table, qkv_bias, window_size, shift, num_heads, scale)
+    if grad.dtype != qkv.dtype:
+        reasons.append(f"grad is {grad.dtype}, but qkv {qkv.dtype}; convert grad")
+    return reasons + checks.last_dim_reasons(grad=grad)
 
 
 def _tensor_reasons(qkv: torch.Tensor, num_heads: int, **parameters: torch.Tensor) -> list[str]:
@@ -141,6 +183,12 @@ OP = register(
                 supports="fp16, bf16, fp32; windows to 16; heads 16 to 128 wide in steps of 16; rows contiguous",
             ),
             Implementation(
+                name="cuda",
+                module="vitrail.kernels.window_attention.extension",
+                reasons={"forward": _extension_reasons, "backward": _extension_backward_reasons},
+                supports="CPU with AVX2: bf16, fp32; heads wide a multiple of 16; rows contiguous",
+            ),
+            Implementation(
                 name="reference",
                 module="vitrail.kernels.window_attention.reference",
                 reasons={"forward": lambda *_: [], "backward": lambda *_: []},
@@ -221,7 +269,8 @@ def window_attention(
         scale: Factor of the products of queries and keys; d^-0.5 by default.
         qkv_bias: [3 C]: what a padded token holds, the bias of the qkv product; None for zeros. Gets the gradient of
             the padded keys and values alone.
-        impl: `auto`, `triton` or `reference`.
+        impl: `auto`, `triton`, `cuda` (the compiled extension, which has this op for CPU tensors alone) or
+            `reference`.
 
     Returns:
         [B, H, W, C] in the dtype of `qkv`, or in autocast's where it is on. Differentiable with respect to qkv,

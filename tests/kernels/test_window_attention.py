@@ -11,9 +11,11 @@ from ladder_faults import Fault, check_noticed
 from swin_windows import eager, region_mask, windows
 from swin_windows import relative_index as eager_index
 
-from vitrail.kernels import explain, window_attention
+from vitrail.kernels import explain, extension, window_attention
+from vitrail.kernels.window_attention.op import OP
 from vitrail.kernels.window_attention.reference import Run, _fold, _whole_bias, relative_index, runs, tiles
 
+NATIVE = pytest.param("cuda", marks=pytest.mark.skipif(extension.missing() is not None, reason="no extension"))
 REFERENCE = "vitrail.kernels.window_attention.reference"
 HALF = (torch.float16, torch.bfloat16)
 SIZES = ((7, 7), (14, 14), (6, 6), (3, 3), (12, 9), (24, 24), (56, 28), (5, 17))
@@ -31,13 +33,58 @@ def test_values_and_gradients(window, shifted):
         check_accuracy(window_attention, eager, case, torch.float64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_accuracy_in_every_dtype(dtype):
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        *(("reference", dtype) for dtype in (torch.float32, *HALF)),
+        *(pytest.param("cuda", dtype, marks=NATIVE.marks) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+)
+def test_accuracy_in_every_dtype(impl, dtype):
     for size, window, shift in (((14, 14), 7, 3), ((14, 14), 7, 0), ((9, 12), 7, 3), ((6, 6), 7, 3), ((24, 24), 14, 7)):
         case = windows(size, window, shift, width=32)
         if size == (14, 14):
             case = replace(case, differentiable=("qkv", "bias_table"))
-        check_accuracy(window_attention, eager, case, dtype)
+        check_accuracy(window_attention, eager, case, dtype, impl)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("impl", [NATIVE])
+@pytest.mark.parametrize("window", [7, 14, 6, 16, 8])
+def test_float32(window, impl, shifted):
+    for number, size in enumerate(SIZES):
+        bias = number % 3 > 0 or size == (24, 24)
+        case = windows(size, window, window // 2 if shifted else 0, width=(16, 32, 48, 128)[number % 4], bias=bias)
+        if bias and all(side % window == 0 for side in size):
+            case = replace(case, differentiable=("qkv", "bias_table"))
+        check_accuracy(window_attention, eager, case, torch.float32, impl)
+
+
+@pytest.mark.parametrize("impl", [NATIVE])
+def test_the_number_of_threads_does_not_change_a_bit(impl):
+    case = windows((24, 20), shift=3, width=32, batch=5).to(torch.bfloat16)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(evaluate(partial(window_attention, impl=impl), case))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(value, results[0][name]) for name, value in result.items())
+
+
+@pytest.mark.parametrize("impl", ["reference", NATIVE])
+def test_a_nan_stays_in_its_rectangle_and_large_scores_are_finite(impl):
+    case = windows((14, 14), shift=3, width=16).inputs
+    case["qkv"][:, 0, 0] = torch.nan
+    out = window_attention(**case, impl=impl)
+    assert out[:, :3, :3].isnan().all()
+    assert out[:, 3:].isfinite().all()
+    assert out[:, :, 3:].isfinite().all()
+    large = windows((9, 9), width=16, scale=300.0).to(torch.float32)
+    for name, value in evaluate(partial(window_attention, impl=impl), large).items():
+        assert value.isfinite().all(), name
 
 
 @settings(max_examples=25, deadline=None)
@@ -125,12 +172,13 @@ def test_ops_and_compilation():
     check_compiled(partial(window_attention), *(windows(batch=batch) for batch in (2, 3, 5)))
 
 
+@pytest.mark.parametrize("impl", ["reference", NATIVE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_twenty_runs_give_the_same_bits(dtype):
-    case = windows((24, 20), shift=3, width=32, batch=4).to(dtype)
-    expected = evaluate(window_attention, case)
+def test_twenty_runs_give_the_same_bits(dtype, impl):
+    case, function = windows((24, 20), shift=3, width=32, batch=4).to(dtype), partial(window_attention, impl=impl)
+    expected = evaluate(function, case)
     for _ in range(20):
-        assert all(torch.equal(value, expected[name]) for name, value in evaluate(window_attention, case).items())
+        assert all(torch.equal(value, expected[name]) for name, value in evaluate(function, case).items())
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -213,6 +261,53 @@ def test_what_is_saved():
 def test_errors(changes, error, message):
     with pytest.raises(error, match=message):
         window_attention(**{**windows().inputs, **changes})
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason="no extension")
+def test_what_the_cpu_takes():
+    case = windows(width=32)
+    assert explain(window_attention, **case.inputs)["cuda"] == []
+    half, narrow = case.to(torch.float16), windows(width=8)
+    for refused, message in ((half, "qkv is float16; the kernel takes bfloat16"), (narrow, "heads are 8 wide")):
+        (reason,) = explain(window_attention, **refused.inputs)["cuda"]
+        assert message in reason
+    elsewhere = [torch.empty(1, 7, 7, 96, device="meta"), *(torch.empty(0, device="meta") for _ in range(2))]
+    (reason,) = OP.implementation("cuda").why_not("forward", (*elsewhere, 7, 0, 2, 1.0))
+    assert "has the CPU's side alone" in reason
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason="no extension")
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.ones(1, 3, 3, 16, dtype=torch.bfloat16), "out must be float32, got bfloat16"),
+        (0, torch.ones(1, 3, 4, 16), r"out must have shape \[1, 3, 3, 16\], got \[1, 3, 4, 16\]"),
+        (1, torch.ones(1, 1, 3, 4), "lse must hold 9 adjacent values"),
+        (2, torch.ones(1, 3, 3, 45), "qkv has 45 channels"),
+        (2, torch.ones(1, 3, 48, 3).mT, r"qkv has strides .* pass qkv.contiguous\(\)"),
+        (2, torch.ones(1, 3, 3, 48).half(), "qkv must be bfloat16 or float32, got float16"),
+        (3, torch.ones(8, 1), "bias_table must have 9 rows"),
+        (4, torch.ones(47), "qkv_bias must hold 48 adjacent values"),
+        (5, [0, 1, 2, 2], "rows ends at 2, expected 3"),
+        (5, [0, 1, 3, 3], "rows has a run of 1 segments of 3 and 3 tokens at 0"),
+        (6, [1, 1, 2, 2], "columns has a run of 1 segments of 2 and 2 tokens at 1, expected one at 0"),
+        (6, [0, 1, 2], "columns must hold start, count, tokens and padded tokens"),
+    ],
+)
+def test_the_extension_checks_what_it_gets(position, value, message):
+    runs_of_three = [0, 1, 2, 2, 2, 1, 1, 2]
+    tensors = (
+        torch.ones(1, 3, 3, 16),
+        torch.ones(1, 1, 3, 3),
+        torch.ones(1, 3, 3, 48),
+        torch.ones(9, 1),
+        torch.ones(48),
+    )
+    arguments = [*tensors, runs_of_three, runs_of_three, 2, 1.0]
+    extension.ops().window_attention_out(*arguments)
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        extension.ops().window_attention_out(*arguments)
 
 
 def test_reasons_against_triton():
