@@ -35,7 +35,10 @@ def test_recipes_can_be_built_and_run_on_enough_gpus(name):
     check_comparisons(method, config, world)
     assert config.train.output.name == name
     assert method.flops(1) > 1e9
-    assert all(view.size == config.method.encoder.size for view in method.views())
+    sizes = [view.size for view in method.views()]
+    crops = getattr(config.method, "local_crops", 0)
+    assert sizes[: len(sizes) - crops] == [config.method.encoder.size] * (len(sizes) - crops)
+    assert sizes[len(sizes) - crops :] == [(96, 96)] * crops
 
 
 @pytest.mark.parametrize("name", RECIPES)
