@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitrail.kernels import MaskedPatchEmbed, random_masking
+from vitrail.kernels import MaskedPatchEmbed, WindowAttention, random_masking, window_attention
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -91,3 +91,53 @@ def test_construction_errors(options, message):
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"images are of size \(16, 32\), but this module was built for \(32, 32\)"):
         MaskedPatchEmbed(32, 16, 4)(torch.zeros(1, 16, 32, 3))
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_window_attention_is_the_op_between_projections(qkv_bias):
+    """On a map that is padded, whose padded tokens hold the bias."""
+    torch.manual_seed(0)
+    module = WindowAttention(8, 2, window_size=4, shift=1, qkv_bias=qkv_bias).double()
+    x = torch.randn(2, 5, 7, 8, dtype=torch.float64)
+    canvas = nn.functional.pad(x, (0, 0, 0, 1, 0, 3))  # zeros ahead of the projection
+    product = nn.functional.linear(canvas, module.qkv.weight, module.qkv.bias)
+    options = {"window_size": 4, "shift": 1, "num_heads": 2}
+    expected = module.proj(window_attention(product, module.relative_position_bias_table, **options)[:, :5, :7])
+    got = module(x)
+    torch.testing.assert_close(got, expected)
+    parameters = list(module.parameters())
+    for one, other in zip(
+        *(torch.autograd.grad(out.square().sum(), parameters) for out in (got, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_window_attention_has_the_names_of_published_states():
+    names = ["relative_position_bias_table", "qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
+    module = WindowAttention(96, 3)
+    assert list(module.state_dict()) == names
+    assert module.relative_position_bias_table.shape == (169, 3)
+    assert 0.01 < module.relative_position_bias_table.std() < 0.03
+
+
+def test_window_attention_compiles_as_one_graph_and_follows_autocast():
+    module, x = WindowAttention(32, 2, 4, 2), torch.randn(2, 7, 7, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    compiled(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 5}, "dim=96 is not divisible by num_heads=5"),
+        ({"num_heads": 3, "shift": 7}, "shift must be between 0 and window_size - 1 = 6, got 7"),
+    ],
+)
+def test_window_attention_construction_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        WindowAttention(96, **options)
