@@ -12,34 +12,48 @@ from pathlib import Path
 import pytest
 import training
 
+from vitrail.engine.train import launch
+from vitrail.recipes import mae_vith
+
 RECIPE = Path(__file__).parents[3] / "recipes" / "mae_vith.py"
 TINY = Path(training.__file__).with_name("tiny_recipe.py")
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 
-def refused(*flags: str) -> str:
-    """The last line that a recipe says when it refuses to run."""
-    process = training.start(RECIPE, *flags)
+def test_a_mistake_ends_the_process_with_one_line_and_status_2():
+    process = training.start(RECIPE)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert "Traceback" not in output
-    return output.strip().splitlines()[-1]
+    assert "pass --data.path" in output.strip().splitlines()[-1]
 
 
-def test_bad_data_is_one_line_and_status_2(tmp_path):
+@pytest.fixture
+def refused(capfd):
+    """Runs the recipe in this process and gives the last line that it says when it refuses."""
+
+    def run(*flags: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            launch(mae_vith.recipe, flags)
+        assert stop.value.code == 2
+        return capfd.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
+def test_bad_data_is_one_line(refused, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "pass --data.path" in refused()
     assert str(tmp_path / "missing") in refused("--data.path", str(tmp_path / "missing"))
     assert refused("--data.path", str(empty)).startswith("error: ")
 
 
-def test_a_batch_that_does_not_divide_is_one_line_and_status_2(tmp_path):
+def test_a_batch_that_does_not_divide_is_one_line(refused, tmp_path):
     line = refused(*training.SHORT_DEMO, "--train.batch-size", "20", "--train.output", str(tmp_path))
     assert "20 is not a multiple of train.micro_batch 8" in line
 
 
-def test_an_optimiser_that_cannot_run_is_one_line_and_status_2(tmp_path):
+def test_an_optimiser_that_cannot_run_is_one_line(refused, tmp_path):
     line = refused(*training.SHORT_DEMO, "--optim.name", "lars", "--train.output", str(tmp_path / "run"))
     assert line.startswith("error: optim.name lars of vitrail cannot run with train.zero_stage 1: LARS's trust ratios")
     assert line.endswith("pass --train.zero-stage 0")
