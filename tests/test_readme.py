@@ -21,6 +21,13 @@ def run_example(section: str) -> dict:
     return names
 
 
+def test_the_swin_of_the_example_is_patched_and_trains(capsys):
+    torch.manual_seed(0)
+    model = run_example("Windows")["model"]
+    assert capsys.readouterr().out == "4 blocks\n"
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_the_loss_of_the_example_goes_into_a_plain_loop():
     torch.manual_seed(0)
     names = run_example("Losses")
