@@ -61,6 +61,12 @@ def test_float32(window, impl, shifted):
 
 
 @pytest.mark.parametrize("impl", [NATIVE])
+def test_parts_of_several_images(impl):
+    """With many heads the backward pass takes several images at a time; two and three of five here."""
+    check_accuracy(window_attention, eager, windows((5, 3), 4, 1, heads=24, batch=5), torch.float32, impl)
+
+
+@pytest.mark.parametrize("impl", [NATIVE])
 def test_the_number_of_threads_does_not_change_a_bit(impl):
     case = windows((24, 20), shift=3, width=32, batch=5).to(torch.bfloat16)
     before, results = torch.get_num_threads(), []
