@@ -25,11 +25,12 @@ from vitrail.engine.models.vit import ViTConfig
 from vitrail.engine.train.config import EvaluateConfig, OptimConfig, RunConfig, TrainConfig
 
 STEPS = 6
-# The demo of a recipe, cut to six steps of 16 images.
+# The demo of a recipe, cut to six steps of 16 images and a network whose features of all images take a moment.
 SHORT_DEMO = [
     "--demo",
     *("--train.batch-size", "16", "--train.micro-batch", "8", "--train.epochs", "0.008", "--train.log-every", "1"),
     *("--evaluate.knn-every", "0", "--optim.warmup-epochs", "0.001", "--data.threads", "1"),
+    *("--method.encoder.width", "48", "--method.encoder.depth", "1", "--method.encoder.heads", "2"),
 ]
 IMAGES = 12_000
 

@@ -101,16 +101,25 @@ def wait_for(process, condition):
         time.sleep(0.01)
 
 
-def test_killed_run_continues_where_it_was_saved(tmp_path):
+SAVING = ["--train.save-every", "0.0027"]  # two steps
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happens to."""
+    output = tmp_path_factory.mktemp("whole")
+    training.finish(training.start(TINY, str(output), *SAVING))
+    return output
+
+
+def test_killed_run_continues_where_it_was_saved(tmp_path, whole):
     """SIGKILL leaves no time to save: the run goes on from its last checkpoint and ends as if nothing had happened."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    saving = ["--train.save-every", "0.0027"]  # two steps
-    training.finish(training.start(TINY, str(whole), *saving))
-    process = training.start(TINY, str(killed), *saving)
+    killed = tmp_path / "killed"
+    process = training.start(TINY, str(killed), *SAVING)
     wait_for(process, (killed / "checkpoints" / "step_00000002").exists)
     process.kill()
     process.communicate()
-    output = training.finish(training.start(TINY, str(killed), *saving))
+    output = training.finish(training.start(TINY, str(killed), *SAVING))
     assert "continuing at step" in output
     assert training.logged(killed) == training.logged(whole)
     assert len(list((killed / "checkpoints").glob("step_*"))) == 2
@@ -125,10 +134,8 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 1
 
 
-def test_weights_of_another_run_start_a_new_one(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    training.finish(training.start(TINY, str(first)))
-    (saved,) = (first / "checkpoints").glob("step_*")
-    training.finish(training.start(TINY, str(second), "--train.init-from", str(saved), "--optim.lr", "0"))
+def test_weights_of_another_run_start_a_new_one(tmp_path, whole):
+    saved = max((whole / "checkpoints").glob("step_*"))
+    training.finish(training.start(TINY, str(tmp_path), "--train.init-from", str(saved), "--optim.lr", "0"))
     # With a learning rate of zero every loss of the second run belongs to the first run's final weights.
-    assert max(training.logged(second)) < training.logged(first)[0]
+    assert max(training.logged(tmp_path)) < training.logged(whole)[0]
