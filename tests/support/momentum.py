@@ -228,7 +228,10 @@ def optimisers(scratch: Path) -> Any:
     return report
 
 
-CASES = {"stages": stages, "optimisers": optimisers}
+def everything(scratch: Path) -> Any:
+    """Both, in one start."""
+    return stages(scratch) | optimisers(scratch)
+
 
 if __name__ == "__main__":
-    training.run_in_process(CASES)
+    training.run_in_process({"everything": everything})

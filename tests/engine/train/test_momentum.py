@@ -16,11 +16,11 @@ WATCHED = ["stage0", "stage1", "stage2", "stage3", "torch", "bf16", "coming"]
 
 
 class Runs:
-    """Reports and final weights of one case on some ranks."""
+    """Reports and final weights on some ranks."""
 
-    def __init__(self, case, folder, ranks):
+    def __init__(self, folder, ranks):
         self.folder = folder
-        self.reports = training.run_case(case, folder, ranks=ranks, script=momentum.__file__)
+        self.reports = training.run_case("everything", folder, ranks=ranks, script=momentum.__file__)
         self.weights = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
 
     def losses(self, name):
@@ -37,13 +37,13 @@ def ranks(request):
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory, ranks):
-    return Runs("stages", tmp_path_factory.mktemp(f"stages{ranks}"), ranks)
+def optimisers(tmp_path_factory):
+    return {n: Runs(tmp_path_factory.mktemp(f"ranks{n}"), n) for n in (1, 2)}
 
 
 @pytest.fixture(scope="module")
-def optimisers(tmp_path_factory):
-    return {n: Runs("optimisers", tmp_path_factory.mktemp(f"optimisers{n}"), n) for n in (1, 2)}
+def stages(optimisers, ranks):
+    return optimisers[ranks]
 
 
 def differences(first, second, prefix=""):
