@@ -12,20 +12,11 @@ import triton.language as tl
 
 from ..launch import Passes, launch, record_launches
 from ..reduction import sum_partials
-from ..tiles import LN2, LOG2E, MIN_BLOCK, MULTIPROCESSORS
-from .gradient import key_backward_kernel, query_backward_kernel, table_backward_kernel, window_backward_kernel
-from .tokens import (
-    LARGEST,
-    Layout,
-    layout,
-    load_bias,
-    load_head,
-    load_tokens,
-    locate,
-    slope,
-    split_window,
-    store_tokens,
-)
+from ..tiles import LN2, LOG2E, MULTIPROCESSORS, Tile
+from .gradient import table_backward_kernel, window_backward_kernel
+from .layout import Layout, layout
+from .tiled_gradient import key_backward_kernel, query_backward_kernel
+from .tokens import load_bias, load_head, load_tokens, locate, slope, split_window, store_tokens
 
 PROGRAMS = 4096  # that a launch aims at: several for each multiprocessor
 RESIDENT = 2 * MULTIPROCESSORS  # programs that run side by side where each sums over many windows
@@ -137,13 +128,9 @@ def forward(
     out = torch.empty((batch, height, width, channels // 3), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((batch, num_heads, height, width), dtype=torch.float32, device=qkv.device)
     divided = layout(qkv, qkv_bias, window_size, shift, num_heads, out)
-    table, table_strides = bias_table, bias_table.stride()
-    if divided.tiles > 1:
-        table, table_strides = _table(bias_table)
-    single = qkv.dtype == torch.float32
-    # Twice the queries for the same keys, where no more of them are padding.
-    twice = divided.held == LARGEST and divided.tiles % 2 == 0
-    held, tiles = (2 * divided.held, divided.tiles // 2) if twice else (divided.held, divided.tiles)
+    tile, tiles = divided.forward, divided.tiles(divided.forward)
+    once = window_size**2 <= tile.streamed  # then biases are loaded once for several windows
+    table, table_strides = (bias_table, bias_table.stride()) if once else _table(bias_table)
     programs = triton.cdiv(PROGRAMS, num_heads * tiles)
     windows_per_program = min(max(divided.windows // programs, 1), MAX_WINDOWS)
     launch(
@@ -161,11 +148,7 @@ def forward(
         divided.sizes,
         qkv.stride()[:3],
         table_strides,
-        HELD=held,
-        STREAMED=divided.streamed,
-        **divided.constants,
-        num_warps=8 if held > LARGEST else 16 if single and divided.constants["BLOCK_HEAD"] > 64 else 4,
-        num_stages=2 if divided.tiles == 1 else 1,
+        **_options(tile, divided),
     )
     return out, lse
 
@@ -185,7 +168,8 @@ def backward(
     """Launches the gradients and the sums over windows. Arguments and results as in the reference."""
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     divided = layout(qkv, qkv_bias, window_size, shift, num_heads, grad, out, grad_qkv)
-    passes = _backward_of_windows if divided.together else _backward_in_tiles
+    passes: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    passes = _backward_in_tiles if divided.gradients is None else _backward_of_windows
     pairs, padding = passes(grad, qkv, bias_table, qkv_bias, out, lse, grad_qkv, num_heads, scale, divided)
     grad_table = torch.empty(bias_table.shape, dtype=bias_table.dtype, device=qkv.device)
     launch(
@@ -194,8 +178,8 @@ def backward(
         _summed(pairs),
         grad_table,
         num_heads,
-        window_size**2 * divided.keys,
-        divided.keys,
+        window_size**2 * divided.columns,
+        divided.columns,
         WINDOW=window_size,
         ENTRIES=ENTRIES,
         QUERIES=QUERIES,
@@ -245,11 +229,7 @@ def _backward_of_windows(
         grad.stride()[:3],
         qkv.stride()[:3],
         table_strides,
-        HELD=divided.held,
-        STREAMED=min(divided.held, LARGEST // 2),
-        **divided.constants,
-        num_warps=8 if divided.constants["BLOCK_HEAD"] > 64 else 4,
-        num_stages=1,
+        **_options(divided.gradients or divided.keys, divided),
     )
     return pairs, padding
 
@@ -268,15 +248,15 @@ def _backward_in_tiles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Does so for larger windows: one launch for the queries and the pairs, then one for the keys and values."""
     delta = torch.empty_like(lse)
-    single, wide = qkv.dtype == torch.float32, divided.constants["BLOCK_HEAD"] > 64
-    programs = min(max(RESIDENT // (num_heads * divided.tiles), 1), divided.windows)
-    key_programs = min(max(PROGRAMS // (num_heads * divided.tiles), 1), divided.windows)
-    pairs, padding = _partials(qkv, num_heads, divided, programs, key_programs * divided.tiles)
+    tiles, key_tiles = divided.tiles(divided.queries), divided.tiles(divided.keys)
+    programs = min(max(RESIDENT // (num_heads * tiles), 1), divided.windows)
+    key_programs = min(max(PROGRAMS // (num_heads * key_tiles), 1), divided.windows)
+    pairs, padding = _partials(qkv, num_heads, divided, programs, key_programs * key_tiles)
     table, table_strides = _table(bias_table)
     common = (num_heads, divided.sizes, grad.stride()[:3], qkv.stride()[:3], table_strides)
     launch(
         query_backward_kernel,
-        (num_heads * divided.tiles * programs,),
+        (num_heads * tiles * programs,),
         grad,
         qkv,
         table,
@@ -290,15 +270,11 @@ def _backward_in_tiles(
         programs,
         scale,
         *common,
-        HELD=divided.held,
-        STREAMED=MIN_BLOCK,  # since the sums of all pairs fill the registers
-        **divided.constants,
-        num_warps=8 if single and wide else 4,
-        num_stages=1,
+        **_options(divided.queries, divided),
     )
     launch(
         key_backward_kernel,
-        (num_heads * divided.tiles * key_programs,),
+        (num_heads * key_tiles * key_programs,),
         grad,
         qkv,
         table,
@@ -311,13 +287,15 @@ def _backward_in_tiles(
         key_programs,
         scale,
         *common,
-        HELD=divided.held,
-        STREAMED=divided.streamed,
-        **divided.constants,
-        num_warps=8 if single else 4,
-        num_stages=1,
+        **_options(divided.keys, divided),
     )
     return pairs, padding
+
+
+def _options(tile: Tile, divided: Layout) -> dict[str, Any]:
+    """Returns a kernel's compile-time arguments and options."""
+    constants = {"HELD": tile.held, "STREAMED": tile.streamed, **divided.constants}
+    return {**constants, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _table(bias_table: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -331,7 +309,7 @@ def _partials(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns room for partial sums: [programs, heads, pairs]; [programs, heads, 2, head] where padding has a bias."""
     new = partial(torch.empty, dtype=torch.float32, device=qkv.device)
-    pairs = new((programs, num_heads, divided.constants["WINDOW"] ** 2 * divided.keys))
+    pairs = new((programs, num_heads, divided.constants["WINDOW"] ** 2 * divided.columns))
     padded = padding_programs if divided.constants["FILL"] else 0
     return pairs, new((padded, num_heads, 2, divided.constants["HEAD"]))
 
@@ -360,7 +338,7 @@ def _example(
     qkv = torch.randn(batch, size, size, 3 * channels, dtype=dtype, device=device)
     biases = torch.randn((2 * window - 1) ** 2, heads, dtype=table, device=device)
     call: tuple[Any, ...] = (qkv, biases, torch.randn(3 * channels, dtype=table, device=device))
-    sizes = (window, shift, heads, width**-0.5)
+    sizes: tuple[Any, ...] = (window, shift, heads, width**-0.5)
     grad = torch.randn(batch, size, size, channels, dtype=dtype, device=device)
     with record_launches() if qkv.is_meta else nullcontext():  # where nothing can be launched
         out, lse = forward(*call, *sizes)

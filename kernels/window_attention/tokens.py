@@ -1,18 +1,10 @@
-"""What the kernels of both directions share: where a window's tokens lie, their biases, and how work is laid out."""
+"""What the kernels of both directions share: where the tokens of a window lie, and which bias belongs to a pair."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from ..checks import interpreting
-from ..launch import capability_of, needs_int64
-from ..tiles import LOG2E, MIN_BLOCK, block, precision_of
-
-LARGEST = 64  # positions of a tile's side: the least that the matrix units of compute capability 9.0 take
+from ..tiles import LOG2E
 
 
 @triton.jit
@@ -97,67 +89,3 @@ def store_tokens(base, offset, real, tile, HEAD: tl.constexpr, BLOCK_HEAD: tl.co
     if HEAD != BLOCK_HEAD:
         mask = mask & (channel < HEAD)[None, :]
     tl.store(base + offset[:, None] + channel[None, :], tile.to(base.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the windows of a call are divided.
-
-    Attributes:
-        sizes: Height and width of the map in tokens, then in windows.
-        windows: Number of windows of all images.
-        held: Positions of which a program holds a tile.
-        streamed: Positions of a tile that it goes through.
-        tiles: Number of tiles of held positions that cover a window.
-        together: Whether one program computes all gradients of a window.
-        keys: Columns of a matrix of a window's pairs, as partial sums of them are stored.
-        constants: Compile-time arguments of every kernel.
-    """
-
-    sizes: tuple[int, int, int, int]
-    windows: int
-    held: int
-    streamed: int
-    tiles: int
-    together: bool
-    keys: int
-    constants: dict[str, Any]
-
-
-def layout(
-    qkv: torch.Tensor, qkv_bias: torch.Tensor, window_size: int, shift: int, num_heads: int, *tensors: torch.Tensor
-) -> Layout:
-    """Returns how a call is divided; `tensors` are further maps that its kernels address."""
-    batch, height, width, channels = qkv.shape
-    down, across = triton.cdiv(height, window_size), triton.cdiv(width, window_size)
-    positions = window_size * window_size
-    whole = max(int(triton.next_power_of_2(positions)), MIN_BLOCK)
-    # Products of float32 hold more registers, in full precision those of both operands.
-    held = LARGEST // 2 if qkv.dtype == torch.float32 else LARGEST
-    held, streamed = (whole, whole) if whole <= held else (held, LARGEST // 2)
-    padded = down * window_size != height or across * window_size != width
-    head = channels // (3 * num_heads)
-    constants = {
-        "WINDOW": window_size,
-        "SHIFT": shift,
-        "HEAD": head,
-        "BLOCK_HEAD": block(head),
-        "PADDED": padded,
-        "FILL": padded and qkv_bias.numel() > 0,  # else padding holds zeros, as loads yield there
-        "PRECISION": precision_of(qkv.dtype),
-        "UPCAST": interpreting(),  # whose products in bf16 are wrong
-        # Images are addressed in 64 bits anyway; within one, offsets reach so far only in the largest maps.
-        "INT64": needs_int64(*(tensor[:1] for tensor in (qkv, *tensors))),
-    }
-    # What padding adds to the gradients of a window does not fit into the registers on compute capability 8.0.
-    together = whole == held and not (constants["FILL"] and capability_of(qkv.device) < 90)
-    return Layout(
-        sizes=(height, width, down, across),
-        windows=batch * down * across,
-        held=held,
-        streamed=streamed,
-        tiles=triton.cdiv(positions, held),
-        together=together,
-        keys=held if together else triton.cdiv(positions, MIN_BLOCK) * MIN_BLOCK,
-        constants=constants,
-    )
