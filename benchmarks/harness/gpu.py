@@ -38,7 +38,10 @@ class Stage:
 CHECK = Stage("check", ("tests/kernels", "tests/benchmarks", "-m", "gpu"), 0.4)
 MEASURE = (
     Stage("kernels", ("benchmarks/kernels",), 0.45),
-    Stage("steps", tuple(f"benchmarks/steps/bench_{method}_step.py" for method in ("mae", "moco_v3", "simclr"))),
+    Stage(
+        "steps",
+        tuple(f"benchmarks/steps/bench_{method}_step.py" for method in ("mae", "moco_v3", "simclr", "esvit", "dino")),
+    ),
     Stage("engine", ("benchmarks/engine",)),
     Stage("sweeps", ("benchmarks/steps/bench_mae_batch.py", "benchmarks/steps/bench_mae_cost.py")),
     Stage("data", ("benchmarks/data",)),

@@ -4,8 +4,8 @@
     python benchmarks/steps/child.py "transformers compiled" --model huge --batch 256 --steps 10
     python benchmarks/steps/child.py "plain PyTorch" --family moco_v3 --model small --batch 32
 
-What a step is, is said in `mae_steps.py` and `joint_steps.py`. `bench/steps.py` starts these processes in turns and
-makes rows of what they print.
+What a step is, is said in `mae_steps.py`, `joint_steps.py` and `crop_steps.py`. `bench/steps.py` starts these
+processes in turns and makes rows of what they print.
 """
 
 import argparse
@@ -17,10 +17,11 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import crop_steps
 import joint_steps
 import mae_steps
 import torch
@@ -29,7 +30,7 @@ from work import Work
 
 from vitrail.engine.train.throughput import peak_memory
 
-FAMILIES = {family: module for module in (mae_steps, joint_steps) for family in module.IMPLEMENTATIONS}
+FAMILIES = {family: module for module in (mae_steps, joint_steps, crop_steps) for family in module.IMPLEMENTATIONS}
 # What allocators say that raise no class of their own: PyTorch's on a CPU, the C++ library's, CUDA's and cuBLAS's.
 EXHAUSTED = ("can't allocate memory", "bad_alloc", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -124,9 +125,10 @@ def main() -> None:
     parser.add_argument("implementation")
     parser.add_argument("--model", default="small")
     parser.add_argument("--batch", type=int, default=16)
-    for name in ("family", "image_size", "mask_ratio", "steps", "warmup", "depth", "backend", "limit"):
-        default = next(field.default for field in fields(Work) if field.name == name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    for field in fields(Work):
+        if field.default is not MISSING:
+            name = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(name, type=type(field.default), default=field.default)
     work = Work(**vars(parser.parse_args()))
     known = FAMILIES[work.family]
     if work.implementation not in known.IMPLEMENTATIONS[work.family] or work.model not in known.MODELS:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from work import Work
 
-from vitrail.engine.methods.base import Schedule
+from vitrail.engine.methods.base import Method, Schedule
 from vitrail.engine.methods.joint import JointEmbedding
 from vitrail.engine.methods.moco_v3 import MoCoV3, MoCoV3Config
 from vitrail.engine.methods.simclr import SimCLR, SimCLRConfig
@@ -121,8 +121,14 @@ def normalised(images: Tensor) -> Tensor:
     return ((images.permute(0, 3, 1, 2) / 255 - mean) / std).contiguous()
 
 
-def trainers_step(method: JointEmbedding, views: list[Tensor]) -> Callable[[], Tensor]:
-    """What the trainer does on one device in ZeRO stage 0, without DeepSpeed, which a GPU machine may lack."""
+def trainers_step(method: Method, views: list[Tensor], clip: float = 0.0) -> Callable[[], Tensor]:
+    """What the trainer does on one device in ZeRO stage 0, without DeepSpeed, which a GPU machine may lack.
+
+    Args:
+        method: what is trained.
+        views: uint8 images, one tensor for each view.
+        clip: longest that the gradient of a tensor may be; 0 for any length.
+    """
     batch = SimpleNamespace(views=views)
     defer_statistics(method)
     pairs = [
@@ -133,7 +139,7 @@ def trainers_step(method: JointEmbedding, views: list[Tensor]) -> Callable[[], T
     trained = [param for param in method.parameters() if param.requires_grad]
     optimizer = optimizers.build(
         "vitrail",
-        OptimConfig(betas=BETAS),
+        OptimConfig(betas=BETAS, clip=clip, clip_per_tensor=clip > 0),
         [{"params": trained, "weight_decay": WEIGHT_DECAY}],
         {student: teacher for teacher, student in pairs if student.requires_grad},
     )
@@ -165,8 +171,8 @@ def trainers_step(method: JointEmbedding, views: list[Tensor]) -> Callable[[], T
 
 
 def schedule(step: int, rows: int) -> Schedule:
-    """Where a step stands."""
-    return Schedule(step=step, total_steps=TOTAL, epoch=0.0, seed=0, first_row=0, global_rows=rows)
+    """Where a step stands; after the first epoch, in which DINO holds its prototypes."""
+    return Schedule(step=step, total_steps=TOTAL, epoch=1.0, seed=0, first_row=0, global_rows=rows)
 
 
 def plain_step(model: nn.Module, views: Sequence[Tensor]) -> Callable[[], Tensor]:

@@ -8,12 +8,16 @@ class Work:
     """Steps of one implementation."""
 
     family: str = "mae"
-    """The method: `mae`, `moco_v3` or `simclr`."""
+    """The method: `mae`, `moco_v3`, `simclr`, `dino` or `esvit`."""
     implementation: str
     model: str
     batch: int
     """Images of a step, whatever the number of their views."""
     image_size: int = 224
+    local_size: int = 96
+    """Side of the small crops of DINO and EsViT in pixels."""
+    prototypes: int = 65_536
+    """Of each of their heads."""
     mask_ratio: float = 0.75
     """Share of the patches that MAE hides."""
     steps: int = 5

@@ -15,6 +15,7 @@ from bench.roofline import Roofline
 from bench.rows import Store
 
 CPU = torch.device("cpu")
+PEER = "plain PyTorch"
 LACKING = {"outcome": "out of memory", "limit": 1 << 30}
 
 
@@ -183,6 +184,43 @@ class TestJointSteps:
         runs = steps.collect(case({"vitrail": 1, peer: 1}, family=family), session, outcome)
         assert list(runs) == ["vitrail"]
         assert outcome.absent == {peer: "timm is not installed: pip install timm"}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", steps.MULTI_CROP)
+class TestCropSteps:
+    def test_implementations_train_alike(self, family, monkeypatch):
+        """Losses of steps in float32: the same crops, networks, losses, centres, optimisers and teachers."""
+        monkeypatch.setattr(torch, "autocast", partial(torch.autocast, enabled=False))
+        crop_steps = steps.child().FAMILIES[family]
+        monkeypatch.setattr(crop_steps, "CLIP", 0.02)  # some gradients are longer, others are not
+        losses, flops = {}, set()
+        for name in ("vitrail", "vitrail checkpointed", PEER, f"{PEER}, explicit attention"):
+            sizes = {"batch": 2, "image_size": 64, "local_size": 32, "depth": 2, "prototypes": 512}
+            work = steps.child().Work(family=family, implementation=name, model="tiny", **sizes)
+            step, operations = crop_steps.prepare(work, CPU)
+            losses[name] = [step().item() for _ in range(4)]
+            flops.add(operations)
+        for others in losses.values():
+            assert others == pytest.approx(losses["vitrail"], rel=2e-5)
+        assert losses["vitrail"][3] < losses["vitrail"][0]
+        assert len(flops) == 1
+
+    def test_dry_runs_agree(self, family):
+        tiny = case({}, family=family)
+        runs = {name: steps.try_out(tiny, name) for name in ("vitrail", PEER)}
+        assert steps.agree([run["loss"] for run in runs.values()]), runs
+
+    def test_cases_name_what_there_is_and_say_its_sizes(self, family):
+        module = steps.child().FAMILIES[family]
+        for one in (one for kind in ("cpu", "cuda") for one in load(f"bench_{family}_step").cases(kind)):
+            assert {"vitrail", PEER} < {*one.rounds} <= {*module.IMPLEMENTATIONS[family]}
+            work = steps.child().Work(family=family, implementation="vitrail", model=one.model, batch=one.batch)
+            with torch.device("meta"):
+                config = module.build(work).config
+            said = {"patch": config.encoder.patch_size, "image": config.encoder.image_size}
+            said |= {"crops": config.local_crops, "crop_image": config.local_size, "prototypes": config.prototypes}
+            assert one.shape == {"batch": one.batch, "views": 2, **said}
 
 
 def test_a_child_refuses_who_is_not_of_the_family(monkeypatch, capsys):

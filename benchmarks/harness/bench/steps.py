@@ -34,6 +34,10 @@ TIMEOUT = 900  # s, for a process that hangs
 AGREEMENT = 1e-3  # relative difference of first losses that bf16 explains
 OUT_OF_MEMORY = "out of memory"
 MODELS = {"small": ("ViT-S/16", 16), "base": ("ViT-B/16", 16), "large": ("ViT-L/16", 16), "huge": ("ViT-H/14", 14)}
+SWINS = {"tiny": ("Swin-T W7", 4), "small": ("Swin-S W7", 4), "base": ("Swin-B W14", 4)}
+MULTI_CROP = ("dino", "esvit")
+LOCAL_CROPS, LOCAL_SIZE, PROTOTYPES = 8, 96, 65_536
+TRIED = {"mae": (2, 0), "dino": (4, 64), "esvit": (4, 64)}  # images and their side in a dry run; 0 is the case's own
 Run = dict[str, Any]
 """What a process printed."""
 
@@ -47,9 +51,9 @@ class StepCase:
     name: str
     """Which sizes, in words."""
     family: str = "mae"
-    """The method: `mae`, `moco_v3` or `simclr`."""
+    """The method: `mae`, `moco_v3`, `simclr`, `dino` or `esvit`."""
     model: str
-    """`small`, `base`, `large` or `huge`."""
+    """`small`, `base`, `large` or `huge`; of `SWINS` for EsViT."""
     batch: int
     """Images of a step."""
     rounds: Mapping[str, int]
@@ -68,10 +72,13 @@ class StepCase:
     @property
     def shape(self) -> dict[str, int | float | str]:
         """The sizes in numbers."""
-        patch = MODELS[self.model][1]
+        patch = (SWINS if self.family == "esvit" else MODELS)[self.model][1]
         common = {"batch": self.batch, "image": self.image_size, "patch": patch}
         if self.family != "mae":
-            return {**common, "views": 2}
+            common["views"] = 2
+            if self.family in MULTI_CROP:
+                common |= {"crops": LOCAL_CROPS, "crop_image": LOCAL_SIZE, "prototypes": PROTOTYPES}
+            return common
         length = (self.image_size // patch) ** 2
         visible = int(length * (1 - self.mask_ratio))
         masked = length - visible
@@ -189,16 +196,19 @@ def try_out(case: StepCase, implementation: str) -> Run:
     """A few images through two blocks in this process: enough to see that a case builds and agrees with the others.
 
     A process for each would take longer than all else, as would Inductor, so that compilation stops at the graph. The
-    methods that compare images need many, or rounding shows in their losses, and are content with small ones.
+    methods that compare images need many, or rounding shows in their losses, and are content with small ones; those
+    with small crops have many in each image.
     """
     module = child()
-    compares = case.family != "mae"
+    batch, image_size = TRIED.get(case.family, (64, 32))
     work = module.Work(
         family=case.family,
         implementation=implementation,
         model=case.model,
-        batch=64 if compares else 2,
-        image_size=32 if compares else case.image_size,
+        batch=batch,
+        image_size=image_size or case.image_size,
+        local_size=32,
+        prototypes=1024,
         mask_ratio=case.mask_ratio,
         steps=1,
         warmup=0,
