@@ -36,9 +36,11 @@ struct AttentionCall {
   int64_t row_runs, column_runs;
   int64_t batch, height, width;
   int64_t heads, head_width, window;
-  int64_t parts;
+  int64_t parts;  // of the batch: a task is one head of the images of a part
   float scale;
   bool half;  // bfloat16, else float32
+
+  VITRAIL_HD int64_t first_image(int64_t part) const { return batch * part / parts; }
 };
 
 void attention_forward_v3(const AttentionCall& call);

@@ -22,9 +22,9 @@
 
 namespace vitrail {
 
-void attention_forward_v3(const AttentionCall& call) { v3::attention<v3::Forward>(call, call.batch); }
+void attention_forward_v3(const AttentionCall& call) { v3::attention<v3::Forward>(call); }
 
-void attention_backward_v3(const AttentionCall& call) { v3::attention<v3::Backward>(call, call.parts); }
+void attention_backward_v3(const AttentionCall& call) { v3::attention<v3::Backward>(call); }
 
 }  // namespace vitrail
 #endif

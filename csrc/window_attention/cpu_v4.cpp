@@ -22,9 +22,9 @@
 
 namespace vitrail {
 
-void attention_forward_v4(const AttentionCall& call) { v4::attention<v4::Forward>(call, call.batch); }
+void attention_forward_v4(const AttentionCall& call) { v4::attention<v4::Forward>(call); }
 
-void attention_backward_v4(const AttentionCall& call) { v4::attention<v4::Backward>(call, call.parts); }
+void attention_backward_v4(const AttentionCall& call) { v4::attention<v4::Backward>(call); }
 
 }  // namespace vitrail
 #endif

@@ -88,8 +88,10 @@ struct Common {
 };
 
 void forward_op(Tensor out, Tensor lse, Tensor qkv, Tensor table, Tensor padding, std::vector<int64_t> rows,
-                std::vector<int64_t> columns, int64_t window, double scale) {
+                std::vector<int64_t> columns, int64_t window, double scale, int64_t parts) {
   Common common(qkv, table, padding, lse, rows, columns, window, scale);
+  require(parts > 0, "parts must be positive, got ", parts);
+  common.call.parts = parts;
   common.call.out = map_of("out", out, qkv, common.call.heads * common.call.head_width);
 #if defined(__x86_64__)
   require(has_v3(), "this CPU has no AVX2 and FMA; use the reference");
@@ -126,7 +128,7 @@ void backward_op(Tensor grad_qkv, Tensor table_parts, Tensor padding_parts, Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(vitrail_C, m) {
   m.def(
       "window_attention_out(Tensor(a!) out, Tensor(b!) lse, Tensor qkv, Tensor bias_table, Tensor qkv_bias, int[] rows, "
-      "int[] columns, int window_size, float scale) -> ()");
+      "int[] columns, int window_size, float scale, int parts) -> ()");
   m.def(
       "window_attention_backward_out(Tensor(a!) grad_qkv, Tensor(b!) table_parts, Tensor(c!) padding_parts, Tensor grad, "
       "Tensor qkv, Tensor bias_table, Tensor qkv_bias, Tensor out, Tensor lse, int[] rows, int[] columns, "

@@ -12,6 +12,10 @@ using Vector = __m512;
 constexpr int kColumns = 4;  // vectors of a block of a product: with kRows of them, accumulators fill the registers
 
 inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
+inline Vector load(const bf16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 inline void store(float* to, Vector value) { _mm512_storeu_ps(to, value); }
 inline Vector broadcast(float value) { return _mm512_set1_ps(value); }
 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
@@ -27,12 +31,19 @@ inline Vector zero_below(Vector limit, Vector x, Vector value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), value);
 }
 
+inline float sum_of(Vector value) { return _mm512_reduce_add_ps(value); }
+inline float largest_of(Vector value) { return _mm512_reduce_max_ps(value); }
+
 #else
 
 using Vector = __m256;
 constexpr int kColumns = 2;
 
 inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline Vector load(const bf16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
 inline void store(float* to, Vector value) { _mm256_storeu_ps(to, value); }
 inline Vector broadcast(float value) { return _mm256_set1_ps(value); }
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
@@ -46,6 +57,16 @@ inline Vector power_of_two(Vector rounded) {
 }
 inline Vector zero_below(Vector limit, Vector x, Vector value) {
   return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ), value);
+}
+inline float sum_of(Vector value) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+inline float largest_of(Vector value) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
 #endif
@@ -72,22 +93,6 @@ inline Vector exponential(Vector x) {
   sum = mul_add(sum, r, broadcast(1.0f));
   sum = mul_add(sum, r, broadcast(1.0f));
   return zero_below(lowest, x, mul(sum, power_of_two(rounded)));
-}
-
-inline float sum_of(Vector value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-inline float largest_of(Vector value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] < lanes[i + half] ? lanes[i + half] : lanes[i];
-  return lanes[0];
 }
 
 // A factor of a product: element (i, k) lies at data[i row + k column].

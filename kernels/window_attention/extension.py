@@ -5,7 +5,12 @@ import torch
 from .. import extension
 from .reference import runs
 
-TASKS = 48  # parts of the backward pass at least, where the batch allows; they do not depend on the number of threads
+TASKS = 32  # at least, where the batch allows: one head of a part of the batch each
+
+
+def _parts(batch: int, heads: int) -> int:
+    """Returns into how many parts the batch is cut; the number of threads, which would change sums, does not matter."""
+    return max(1, min(batch, -(-TASKS // heads)))
 
 
 def _geometry(shape: torch.Size, window: int, shift: int) -> tuple[list[int], list[int]]:
@@ -32,7 +37,8 @@ def forward(
     lse = qkv.new_empty((batch, num_heads, height, width), dtype=torch.float32)
     table, padding = (tensor.float().contiguous() for tensor in (bias_table, qkv_bias))
     rows, columns = _geometry(qkv.shape, window_size, shift)
-    extension.ops().window_attention_out(out, lse, qkv, table, padding, rows, columns, window_size, scale)
+    parts = _parts(batch, num_heads)
+    extension.ops().window_attention_out(out, lse, qkv, table, padding, rows, columns, window_size, scale, parts)
     return out, lse
 
 
@@ -50,7 +56,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the gradients. Arguments and results as in the reference."""
     batch, height, width, channels = qkv.shape
-    parts = max(1, min(batch, -(-TASKS // num_heads)))
+    parts = _parts(batch, num_heads)
     grad_qkv = qkv.new_empty((batch, height, width, channels))
     table_parts = lse.new_empty((parts, num_heads, len(bias_table)))
     padding_parts = lse.new_empty((parts, num_heads, 2, channels // 3 // num_heads))

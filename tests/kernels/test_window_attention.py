@@ -297,6 +297,7 @@ def test_what_the_cpu_takes():
         (5, [0, 1, 2, 2], "rows ends at 2, expected 3"),
         (5, [0, 1, 3, 3], "rows has a run of 1 segments of 3 and 3 tokens at 0"),
         (6, [1, 1, 2, 2], "columns has a run of 1 segments of 2 and 2 tokens at 1, expected one at 0"),
+        (9, 0, "parts must be positive, got 0"),
         (6, [0, 1, 2], "columns must hold start, count, tokens and padded tokens"),
     ],
 )
@@ -309,7 +310,7 @@ def test_the_extension_checks_what_it_gets(position, value, message):
         torch.ones(9, 1),
         torch.ones(48),
     )
-    arguments = [*tensors, runs_of_three, runs_of_three, 2, 1.0]
+    arguments = [*tensors, runs_of_three, runs_of_three, 2, 1.0, 1]
     extension.ops().window_attention_out(*arguments)
     arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
