@@ -39,6 +39,7 @@ KERNEL_MODULES = tuple(
         "region_match",
         "softmax_row_pass",
         "softmax_col_pass",
+        "window_attention",
     )
 )
 

@@ -359,7 +359,6 @@ def representative_calls() -> dict[str, Callable[..., Passes]]:
         "bf16 w7 D128": partial(swin, 7, width=128),
         "bf16 w14 shifted": partial(swin, 14, shift=7),
         "bf16 w14 shifted and padded": partial(small, 14, shift=7),
-        "fp16 w14 shifted": partial(swin, 14, torch.float16, shift=7),
         "fp32 w14 shifted": partial(swin, 14, torch.float32, shift=7),
         "bf16 w16 shifted": partial(swin, 16, shift=8),
     }

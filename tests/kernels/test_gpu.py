@@ -7,6 +7,7 @@ import torch
 from ladder import Problem, check_accuracy, evaluate, poisoned_memory
 from ladder_guards import check_guarded
 from patch_pixels import make_images, placed
+from swin_windows import windows
 
 from vitrail.kernels import (
     MaskedPatchEmbed,
@@ -26,6 +27,7 @@ from vitrail.kernels import (
     restore_tokens,
     softmax_col_pass,
     softmax_row_pass,
+    window_attention,
 )
 from vitrail.kernels.checks import interpreting
 
@@ -56,10 +58,13 @@ FUNCTIONS = {
     # Of two tokens that are about as near, either may win: only the similarities are compared.
     "region_match": lambda **inputs: region_match(**inputs)[1],
     "region_match for all pairs": lambda **inputs: region_match_crops(**inputs)[1],
+    "window_attention": window_attention,
+    "window_attention of large windows": window_attention,
 }
 CALLS = tuple(FUNCTIONS)
 MASKING = CALLS[:4]
-SOFTMAX = CALLS[4:11]
+WINDOWS = CALLS[14:]
+SOFTMAX = CALLS[4:11] + WINDOWS  # whose probabilities are rounded to the dtype of the operands
 
 
 def softmax_problem(call: str, rows: int, width: int) -> Problem:
@@ -122,8 +127,16 @@ def softmax_problem(call: str, rows: int, width: int) -> Problem:
     }[call]
 
 
+def windows_problem(call: str, batch: int, grid: tuple[int, int], width: int) -> Problem:
+    """A call in shifted windows of 7 or 14, on maps that need padding; heads of 32, or of 48 for odd widths."""
+    window, head = 14 if "large" in call else 7, 48 if width % 32 else 32
+    return windows(grid, window, 3, heads=max(width // 128, 2), width=head, batch=batch)
+
+
 def problem(call: str, batch: int = 8, patch: int = 14, grid: tuple[int, int] = (16, 16), width: int = 512) -> Problem:
     """A call at about the sizes of ViT-H/14, or at odd ones."""
+    if call in WINDOWS:
+        return windows_problem(call, batch, grid, width)
     if call not in MASKING:
         return softmax_problem(call, 25 * batch, width)
     generator = torch.Generator().manual_seed(batch)

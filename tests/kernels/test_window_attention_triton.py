@@ -34,7 +34,6 @@ WHOLE = [  # all keys of a window in one tile: small windows, in float32 only th
 TILED = [
     ((9, 5), 7, 3, 16, torch.float32),
     ((3, 3), 7, 0, 32, torch.float32),
-    ((8, 8), 8, 4, 16, torch.float32),
     ((14, 14), 14, 7, 16, torch.float32),
     ((6, 6), 14, 0, 32, torch.float32),
     ((3, 15), 14, 7, 16, torch.float16),
@@ -65,8 +64,8 @@ def test_values_and_gradients(shape):
 
 
 def test_many_windows_in_as_many_programs():
-    for shape in (((8, 11), 4, 1, 16, torch.float32), ((5, 13), 6, 3, 16, torch.float32)):
-        check_accuracy(window_attention, eager, problem(*shape, batch=2, heads=1), torch.float32, "triton")
+    case = problem((4, 9), 6, 3, 16, torch.float32, batch=2, heads=1)
+    check_accuracy(window_attention, eager, case, torch.float32, "triton")
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -87,12 +86,12 @@ def test_sums_are_kept_in_float32():
 
 
 def test_triton_stays_inside_its_buffers():
-    for shape in (WHOLE[4], WHOLE[7], ((4, 7), 6, 3, 16, torch.float32)):
+    for shape in (WHOLE[4], ((4, 7), 6, 3, 16, torch.float32)):
         check_guarded(window_attention, problem(*shape))
 
 
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize("shape", [WHOLE[2], ((4, 9), 6, 2, 16, torch.float32)], ids=str)
+@pytest.mark.parametrize("shape", [WHOLE[2], ((4, 7), 6, 2, 16, torch.float32)], ids=str)
 def test_runs_give_the_same_bits(shape):
     case = problem(*shape).to(shape[-1], kernel_device())
     expected = evaluate(partial(window_attention, impl="triton"), case)
