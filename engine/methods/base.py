@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,11 +144,11 @@ class Method(nn.Module, ABC):
         """Networks whose learning rate stays at its peak, such as SimSiam's predictor; none unless a method says so."""
         return []
 
-    def held(self, epoch: float) -> list[nn.Parameter]:
-        """Trained parameters that steps leave as they are after so many epochs; none unless a method says so.
+    def held(self) -> list[tuple[float, Sequence[nn.Parameter]]]:
+        """Parameters that stay as they are in the first epochs, with the epoch of their release; none as a rule.
 
-        They are those that `held(0.0)` names, or none: all are released together. Until then they are not decayed, the
-        optimiser has no state of them, and their gradients count neither for the global norm nor for its clipping.
+        Until then they are not decayed, the optimiser has no state of them, and their gradients count neither for the
+        global norm nor for its clipping. Of several epochs for one parameter the last holds.
         """
         return []
 

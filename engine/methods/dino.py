@@ -6,6 +6,7 @@ The method is described in `docs/methods/dino.md`; numbers in comments are those
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -226,16 +227,10 @@ class DINO(Method):
         """The teacher follows the weights that the step has made, with the momentum of that step."""
         return cosine_momentum(taken.step / taken.total_steps, self.config.momentum)
 
-    def held(self, epoch: float) -> list[nn.Parameter]:
+    def held(self) -> list[tuple[float, Sequence[nn.Parameter]]]:
         """The student's prototypes in the first epochs: gradients of that time only make training unstable."""
-        if epoch >= self.config.freeze_last_layer:
-            return []
-        return [
-            p
-            for head in self.student_heads.values()
-            for p in head.get_submodule("last_layer").parameters()
-            if p.requires_grad
-        ]
+        prototypes = [p for head in self.student_heads.values() for p in head.get_submodule("last_layer").parameters()]
+        return [(self.config.freeze_last_layer, prototypes)]
 
     def first_layer(self) -> list[nn.Parameter]:
         """The student's first layer."""

@@ -5,6 +5,7 @@ The method is described in `docs/methods/esvit.md`; numbers in comments are thos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -126,13 +127,11 @@ class EsViT(DINO):
         weight = shares.repeat_interleave(counts, output_size=len(student.features))
         return self.cross_entropy(student, teacher, 1, match, weight, epoch)
 
-    def held(self, epoch: float) -> list[nn.Parameter]:
+    def held(self) -> list[tuple[float, Sequence[nn.Parameter]]]:
         """The prototypes in the first epochs, and all of the regions' head until regions are compared."""
-        held = super().held(epoch)
-        if self.config.region_loss and epoch < self.config.region_epoch:
-            known = set(map(id, held))
-            held += [p for p in self.student_heads["head_dense"].parameters() if p.requires_grad and id(p) not in known]
-        return held
+        if not self.config.region_loss:
+            return super().held()
+        return [*super().held(), (self.config.region_epoch, list(self.student_heads["head_dense"].parameters()))]
 
     def _crop_flops(self, size: tuple[int, int]) -> float:
         """Of one crop, forward; matching is not counted."""

@@ -40,8 +40,11 @@ class ViTConfig(BackboneConfig):
     """Hidden width of the MLP over D."""
     stem: Literal["patch", "conv"] = "patch"
     """One projection of each patch, or a stack of strided convolutions (ConvStem of MoCo v3)."""
-    positions: Literal["sincos", "sincos_rows", "learned"] = "sincos"
-    """Fixed sine-cosine table, its first half for the column (MAE) or for the row (MoCo v3), or a learned one."""
+    positions: Literal["sincos", "sincos_rows", "learned", "learned_sincos"] = "sincos"
+    """Fixed sine-cosine table, its first half for the column (MAE) or for the row (MoCo v3), or a learned one.
+
+    A learned one starts from noise, or from MAE's table: in a short run noise would have no time to become places.
+    """
     position_offset: float = 0.0
     """What is added to the new grid before positions are stretched to it: 0.1 in DINO's and iBOT's released code."""
     init: Literal["mae", "moco_v3", "dino"] = "mae"
@@ -50,6 +53,11 @@ class ViTConfig(BackboneConfig):
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
     attention: AttentionBackend = "auto"
     """auto: fused kernels on a GPU, explicit matrix products on a CPU."""
+
+    @property
+    def learns_positions(self) -> bool:
+        """Whether positions are trained; they then follow the size of the image."""
+        return self.positions.startswith("learned")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -302,18 +310,19 @@ class VisionTransformer(nn.Module):
                 image_size=config.size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
             )
         else:
-            size = None if config.positions == "learned" else config.size  # learned positions follow the image
+            size = None if config.learns_positions else config.size  # learned positions follow the image
             self.patch_embed = MaskedPatchEmbed(
                 image_size=size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
             )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        if config.positions != "learned":
-            by_row = config.positions == "sincos_rows"
-            table = sincos_positions(config.width, self.grid, prefix=self.num_prefix, rows_first=by_row)
-            self.register_buffer("pos_embed", table)
+        by_row = config.positions == "sincos_rows"
+        table = sincos_positions(config.width, self.grid, prefix=self.num_prefix, rows_first=by_row)
+        if config.learns_positions:
+            self.pos_embed: Tensor = nn.Parameter(table)
+            if config.positions == "learned":
+                nn.init.trunc_normal_(self.pos_embed, std=0.02)
         else:
-            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix + self.length, config.width))
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            self.register_buffer("pos_embed", table)
         self.blocks = build_blocks(config)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         if config.init == "moco_v3":
@@ -357,7 +366,7 @@ class VisionTransformer(nn.Module):
     def _embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
         x = self.patch_embed(images) if indices is None else self.patch_embed(images, indices)
         table: Tensor = self.pos_embed
-        if self.config.positions == "learned":
+        if self.config.learns_positions:
             height, width = image_size(images)
             grid = height // self.config.patch_size, width // self.config.patch_size
             table = resize_positions(table, self.grid, grid, prefix=self.num_prefix, offset=self.config.position_offset)

@@ -158,7 +158,7 @@ def attention_size(backbone: nn.Module, side: int | None = None) -> tuple[int, i
     """
     config = _transformer(backbone).config
     height, width = config.size
-    follows = isinstance(config, ViTConfig) and config.positions == "learned"
+    follows = isinstance(config, ViTConfig) and config.learns_positions
     if side is None:
         finer = (480, 480) if (height, width) == (224, 224) else (2 * height, 2 * width)
         height, width = finer if follows else (height, width)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from ..methods.base import Method
 from .ds import stepping_optimizer
-from .param_groups import HELD, held_parameters
+from .param_groups import HELD, releases
 
 
 class HeldParameters:
@@ -20,45 +22,37 @@ class HeldParameters:
     their release is the first that it counts for them. Before that they are zero from the backward pass on: the norm
     that is logged and clipped is that of the others, and clipping each tensor for itself is what it is without them.
 
-    Whether they are held is asked of the method at every step: nothing is remembered, and resuming changes nothing.
+    Whether they are held follows from the epoch at every step: nothing is remembered, and resuming changes nothing.
     """
 
     def __init__(self, method: Method, engine: DeepSpeedEngine) -> None:
         """Watch the gradients of a method and the optimiser of the engine made of it."""
-        self.method, self.held = method, False
-        self.parameters = held_parameters(method, 0.0)
-        for parameter in self.parameters:
-            parameter.register_hook(self._zero)
-        if self.parameters:
+        self.epoch = 0.0
+        held = releases(method)
+        for parameter, release in held.items():
+            parameter.register_hook(partial(self._zero, release))
+        if held:
             optimizer = stepping_optimizer(engine)
             optimizer.register_step_pre_hook(self._hide)
             optimizer.register_step_post_hook(self._forget)
 
     def update(self, epoch: float) -> None:
-        """Hold them, or let them go, in the step that begins after so many epochs.
+        """Say how many epochs are done when the coming step begins."""
+        self.epoch = epoch
 
-        Raises:
-            ValueError: the method names others than in the first step; flat shards cannot tell them apart.
-        """
-        held = held_parameters(self.method, epoch)
-        if held and held != self.parameters:
-            raise ValueError(
-                f"{type(self.method).__name__}.held({epoch:g}) names other parameters than held(0): "
-                "name the same ones, or none"
-            )
-        self.held = bool(held)
-
-    def _zero(self, gradient: Tensor) -> Tensor | None:
-        return torch.zeros_like(gradient) if self.held else None
+    def _zero(self, release: float, gradient: Tensor) -> Tensor | None:
+        return torch.zeros_like(gradient) if self.epoch < release else None
 
     def _hide(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            if self.held and HELD in group:
-                for parameter in group["params"]:
-                    parameter.grad = None
+        for group in self._held(optimizer):
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _forget(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Undo the count of steps that apex keeps for a whole group."""
-        for group in optimizer.param_groups:
-            if self.held and HELD in group:
-                group.pop("step", None)
+        for group in self._held(optimizer):
+            group.pop("step", None)
+
+    def _held(self, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, Any]]:
+        """The groups that are held in this step."""
+        return (group for group in optimizer.param_groups if self.epoch < group.get(HELD, 0.0))

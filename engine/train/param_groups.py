@@ -10,8 +10,8 @@ from torch import nn
 from ..methods.base import Method
 from .config import RunConfig
 
-HELD = "held"
-"""Key of the groups of parameters that `Method.held` names."""
+HELD = "held_until"
+"""Key of the groups of parameters that `Method.held` names: the epoch of their release."""
 SCHEDULED = "scheduled_decay"
 """Key of the groups whose weight decay moves with the steps."""
 
@@ -25,26 +25,26 @@ def parameter_groups(method: Method, config: RunConfig) -> list[dict[str, Any]]:
 
     Returns:
         `[no decay, decay]` of what follows the learning rate's schedule, then of `method.unscheduled()`, and the same
-        once more of `method.held(0.0)`, without empty groups. What does not follow the schedule holds the peak
-        learning rate as `fixed_lr`; ZeRO's shards and checkpoints keep it.
+        once more for each epoch that `method.held()` names, without empty groups. What does not follow the schedule holds
+        the peak learning rate as `fixed_lr`; ZeRO's shards and checkpoints keep it.
 
     Raises:
         ValueError: nothing is trained.
     """
     fixed = {parameter for network in method.unscheduled() for parameter in network.parameters()}
-    held = held_parameters(method, 0.0)
-    split: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    held = releases(method)
+    split: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             decayed = config.optim.decay == "all" or not (parameter.dim() == 1 or name.endswith(".bias"))
-            split.setdefault((parameter in held, parameter in fixed, decayed), []).append(parameter)
+            split.setdefault((held.get(parameter, 0.0), parameter in fixed, decayed), []).append(parameter)
     if not split:
         raise ValueError("the method has no trainable parameter")
     return [_group(split[kind], config, *kind) for kind in sorted(split)]
 
 
 def _group(
-    parameters: Sequence[nn.Parameter], config: RunConfig, held: bool, fixed: bool, decayed: bool
+    parameters: Sequence[nn.Parameter], config: RunConfig, held: float, fixed: bool, decayed: bool
 ) -> dict[str, Any]:
     group: dict[str, Any] = {"params": parameters, "weight_decay": config.optim.weight_decay if decayed else 0.0}
     if fixed:
@@ -52,10 +52,15 @@ def _group(
     if decayed and config.optim.final_weight_decay is not None:
         group[SCHEDULED] = True
     if held:
-        group[HELD] = True
+        group[HELD] = held
     return group
 
 
-def held_parameters(method: Method, epoch: float) -> set[nn.Parameter]:
-    """Trained parameters among those that `method.held` names after so many epochs."""
-    return {parameter for parameter in method.held(epoch) if parameter.requires_grad}
+def releases(method: Method) -> dict[nn.Parameter, float]:
+    """The epoch until which each trained parameter is held, of those that `method.held` names with one after 0."""
+    found: dict[nn.Parameter, float] = {}
+    for epoch, parameters in method.held():
+        for parameter in parameters:
+            if parameter.requires_grad and epoch > 0:
+                found[parameter] = max(epoch, found.get(parameter, 0.0))
+    return found

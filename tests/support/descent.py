@@ -101,8 +101,8 @@ class Descent(Method):
     def unscheduled(self) -> list[nn.Module]:
         return [self.predictor]
 
-    def held(self, epoch: float) -> list[nn.Parameter]:
-        return list(self.prototypes.parameters()) if epoch < RELEASE * 16 / training.IMAGES else []
+    def held(self) -> list[tuple[float, list[nn.Parameter]]]:
+        return [(RELEASE * 16 / training.IMAGES, list(self.prototypes.parameters()))]
 
     def after_step(self, applied: bool) -> None:
         self.applied.append(applied)

@@ -21,7 +21,8 @@ from vitrail.engine.models.heads import DINOHead
 from vitrail.engine.models.positions import resize_positions
 from vitrail.engine.models.resnet import ResNetConfig
 from vitrail.engine.models.swin import SwinConfig
-from vitrail.engine.models.vit import DropPath, ViTConfig, dino_vit, vit_small, vit_tiny
+from vitrail.engine.models.vit import DropPath, ViTConfig, dino_vit, vit_tiny
+from vitrail.engine.train.param_groups import releases
 from vitrail.kernels import region_match_crops
 
 STEPS, IMAGES = 4, 3
@@ -377,15 +378,16 @@ def test_the_teacher():
 def test_prototypes_are_held_in_the_first_epochs():
     method = built("dino, trained lengths")
     layer = method.student_heads["head"].last_layer
-    assert set(map(id, method.held(0.99))) == {id(layer.weight_v), id(layer.weight_g)}
-    assert method.held(1.0) == []
-    assert len(built("dino").held(0)) == 1
+    assert releases(method) == {layer.weight_v: 1.0, layer.weight_g: 1.0}
+    assert len(releases(built("dino"))) == 1
+    assert not releases(built("dino", freeze_last_layer=0.0))
     dense = built("esvit", region_epoch=3, freeze_last_layer=1)
-    head = dense.student_heads["head_dense"]
-    assert set(map(id, head.parameters())) <= set(map(id, dense.held(0)))
-    assert len(set(map(id, dense.held(0)))) == len(dense.held(0))
-    assert set(map(id, dense.held(2.5))) == {id(p) for p in head.parameters()}
-    assert dense.held(3) == []
+    views, regions = (set(dense.student_heads[name].parameters()) for name in ("head", "head_dense"))
+    until = releases(dense)
+    assert {p for p, epoch in until.items() if epoch == 3} == regions
+    assert {p for p, epoch in until.items() if epoch == 1} == views & set(
+        dense.student_heads["head"].last_layer.parameters()
+    )
 
 
 def test_regions_are_compared_from_an_epoch_on():

@@ -10,7 +10,7 @@ import torch
 from vitrail.engine.train import OptimConfig
 from vitrail.engine.train import optimizers as choice
 from vitrail.engine.train.held import HeldParameters
-from vitrail.engine.train.param_groups import parameter_groups
+from vitrail.engine.train.param_groups import HELD, parameter_groups, releases
 
 RELEASED = descent.RELEASE * 16 / 12_000
 OPTIMISERS = [("vitrail", "adamw"), ("vitrail", "lars"), ("vitrail", "lamb"), ("torch", "adamw"), ("torch", "sgd")]
@@ -68,12 +68,27 @@ def test_a_released_parameter_starts_afresh(tmp_path, implementation, name):
         assert not torch.equal(parameter, descent.start(parameter.shape))
 
 
-def test_others_than_at_the_start_cannot_be_held(tmp_path):
+def test_each_is_released_in_its_own_epoch(tmp_path):
     method = descent.Descent()
-    held = HeldParameters(method, engine_of(method, tmp_path, "torch", "adamw"))
-    method.held = lambda epoch: list(method.neck.parameters())
-    with pytest.raises(ValueError, match=r"Descent\.held\(0\.5\) names other parameters than held\(0\)"):
-        held.update(0.5)
+    method.held = lambda: [
+        (1.0, [*method.prototypes.parameters()]),
+        (2.0, [method.prototypes.bias, method.neck.weight]),
+        (0.0, [*method.encoder.parameters()]),
+    ]
+    engine = engine_of(method, tmp_path, "torch", "adamw")
+    held = HeldParameters(method, engine)
+
+    def moved(epoch):
+        before = {name: p.detach().clone() for name, p in method.named_parameters()}
+        held.update(epoch)
+        step(method, engine, 0.3)
+        return {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+
+    everything = {name for name, _ in method.named_parameters()}
+    late = {"prototypes.bias", "neck.weight"}
+    assert moved(0.5) == everything - late - {"prototypes.weight"}
+    assert moved(1.0) == everything - late
+    assert moved(2.0) == everything
 
 
 def test_what_is_not_trained_needs_no_holding(tmp_path):
@@ -81,4 +96,5 @@ def test_what_is_not_trained_needs_no_holding(tmp_path):
     method.prototypes.requires_grad_(False)
     held = HeldParameters(method, engine_of(method, tmp_path, "torch", "adamw"))
     held.update(0.0)
-    assert (held.parameters, held.held) == (set(), False)
+    assert not releases(method)
+    assert not any(HELD in group for group in parameter_groups(method, descent.descent_config(tmp_path)))

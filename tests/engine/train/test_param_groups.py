@@ -68,7 +68,7 @@ def test_networks_off_the_schedule_and_held_ones_have_groups_of_their_own(tmp_pa
     groups = parameter_groups(method, config)
     found = names_of(method, groups)
     spared, decayed = {"weight_decay": 0.0}, {"weight_decay": 0.125}
-    fixed, held = {"fixed_lr": 0.1}, {"held": True}  # 1.6 x 16 / 256
+    fixed, held = {"fixed_lr": 0.1}, {"held_until": descent.RELEASE * 16 / 12_000}  # 1.6 x 16 / 256
     wanted = {
         "matrices": [
             (["encoder.bias", "neck.bias"], spared),
