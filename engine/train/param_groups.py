@@ -25,8 +25,8 @@ def parameter_groups(method: Method, config: RunConfig) -> list[dict[str, Any]]:
 
     Returns:
         `[no decay, decay]` of what follows the learning rate's schedule, then of `method.unscheduled()`, and the same
-        once more for each epoch that `method.held()` names, without empty groups. What does not follow the schedule holds
-        the peak learning rate as `fixed_lr`; ZeRO's shards and checkpoints keep it.
+        once more for each epoch that `method.held()` names, without empty groups. What does not follow the schedule
+        holds the peak learning rate as `fixed_lr`; ZeRO's shards and checkpoints keep it.
 
     Raises:
         ValueError: nothing is trained.
