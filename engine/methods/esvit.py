@@ -51,7 +51,7 @@ class EsViTConfig(DINOConfig):
         return EsViT(self)
 
     def demo(self) -> EsViTConfig:
-        """A small Swin, few prototypes and four small crops of 16 pixels."""
+        """A small Swin with batch normalisation in its heads, few prototypes, two small crops of 16 pixels."""
         return replace(self, **self.shrunk())
 
     def demo_run(self) -> DemoRun:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -41,6 +41,8 @@ class BackboneConfig(ABC):
 
     image_size: int | tuple[int, int] = 224
     """Side of the square input in pixels, or (height, width)."""
+    pixels: Literal["dataset", "image"] = "dataset"
+    """Whose statistics bring pixels to scale: ImageNet's, or those of each image and channel before them."""
 
     @property
     def size(self) -> tuple[int, int]:

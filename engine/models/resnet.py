@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
 from .batch_norm import replace_batch_norm
-from .pixels import PixelNormalisation
+from .pixels import PixelNormalisation, standardised
 
 Architecture = Literal["resnet18", "resnet50"]
 WIDTHS: dict[Architecture, int] = {"resnet18": 512, "resnet50": 2048}
@@ -98,7 +98,7 @@ class ResNet(nn.Module):
         Returns:
             The average over the last map, `[B, D]`; with `regions` also the map's vectors, `[B, T, D]`, row by row.
         """
-        x = images
+        x = standardised(images) if self.config.pixels == "image" else images
         *trunk, pool = self.children()  # the pixels, and torchvision's parts in the order that they are applied
         for part in trunk:
             x = part(x)

@@ -16,6 +16,7 @@ from vitrail.kernels.patches import image_size
 
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
 from .initialisation import truncated_init_
+from .pixels import standardised
 from .recompute import Recomputable, run
 from .vit import MLP, NORM_EPS, DropPath
 
@@ -66,8 +67,8 @@ class SwinConfig(BackboneConfig):
         return SwinTransformer(self, mean=mean, std=std)
 
     def demo(self) -> SwinConfig:
-        """Two stages of two blocks, 64 and 128 wide, windows of 4 x 4 on the 8 x 8 patches of 32-pixel images."""
-        return replace(self, image_size=32, width=64, depths=(2, 2), heads=(2, 4), window=4)
+        """Two stages of two blocks, 32 and 64 wide, windows of 4 x 4 on the 8 x 8 patches of 32-pixel images."""
+        return replace(self, image_size=32, width=32, depths=(2, 2), heads=(2, 4), window=4, drop_path=0.0)
 
     @property
     def feature_width(self) -> int:
@@ -297,7 +298,7 @@ class SwinTransformer(nn.Module):
 
     def _maps(self, images: Tensor) -> Iterator[Tensor]:
         """What each block returns, `[B, H, W, C]`."""
-        x = self.patch_embed(images)
+        x = self.patch_embed(standardised(images) if self.config.pixels == "image" else images)
         for stage in self.layers:
             assert isinstance(stage, SwinStage)
             for block in stage.blocks:

@@ -18,6 +18,7 @@ from .batch_norm import BatchNorm
 from .conv_stem import ConvStem, stem_flops
 from .initialisation import moco_v3_init_, truncated_init_, xavier_init_
 from .packing import Packing, pack
+from .pixels import standardised
 from .positions import resize_positions, sincos_positions
 from .recompute import Recomputable, run
 
@@ -364,6 +365,8 @@ class VisionTransformer(nn.Module):
         return x[:, 0] if pool else x
 
     def _embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
+        if self.config.pixels == "image":
+            images = standardised(images)
         x = self.patch_embed(images) if indices is None else self.patch_embed(images, indices)
         table: Tensor = self.pos_embed
         if self.config.learns_positions:
