@@ -199,11 +199,11 @@ class TestCropSteps:
             sizes = {"batch": 2, "image_size": 64, "local_size": 32, "depth": 2, "prototypes": 512}
             work = steps.child().Work(family=family, implementation=name, model="tiny", **sizes)
             step, operations = crop_steps.prepare(work, CPU)
-            losses[name] = [step().item() for _ in range(4)]
+            losses[name] = [step().item() for _ in range(3)]
             flops.add(operations)
         for others in losses.values():
-            assert others == pytest.approx(losses["vitrail"], rel=2e-5)
-        assert losses["vitrail"][3] < losses["vitrail"][0]
+            assert others == pytest.approx(losses["vitrail"], rel=2e-6)
+        assert losses["vitrail"][2] < losses["vitrail"][0]
         assert len(flops) == 1
 
     def test_dry_runs_agree(self, family):

@@ -73,7 +73,7 @@ class StepCase:
     def shape(self) -> dict[str, int | float | str]:
         """The sizes in numbers."""
         patch = (SWINS if self.family == "esvit" else MODELS)[self.model][1]
-        common = {"batch": self.batch, "image": self.image_size, "patch": patch}
+        common: dict[str, int | float | str] = {"batch": self.batch, "image": self.image_size, "patch": patch}
         if self.family != "mae":
             common["views"] = 2
             if self.family in MULTI_CROP:
