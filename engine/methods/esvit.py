@@ -52,11 +52,11 @@ class EsViTConfig(DINOConfig):
 
     def demo(self) -> EsViTConfig:
         """A small Swin with batch normalisation in its heads, few prototypes, two small crops of 16 pixels."""
-        return replace(self, **self.shrunk())
+        return replace(self, **self.shrunk() | {"momentum": 0.99})
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
-        return DemoRun(epochs=4, batch_size=128, lr=1e-3, weight_decay=0.04)
+        return DemoRun(epochs=8, batch_size=128, lr=2e-3, weight_decay=0.04)
 
     def demo_rivals(self) -> dict[str, MethodConfig]:
         """The same without the loss of regions, which is there to make regions find each other."""

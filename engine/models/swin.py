@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from vitrail.kernels import MaskedPatchEmbed, WindowAttention
 from vitrail.kernels.patches import image_size
 
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
-from .initialisation import truncated_init_
+from .initialisation import truncated_init_, xavier_init_
 from .pixels import standardised
 from .recompute import Recomputable, run
 from .vit import MLP, NORM_EPS, DropPath
@@ -54,6 +54,8 @@ class SwinConfig(BackboneConfig):
     """Hidden width of the MLP over the channels."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    init: Literal["swin", "xavier"] = "swin"
+    """Normal with a deviation of 0.02, or Xavier-uniform: in a narrow network 0.02 leaves the blocks hardly any say."""
 
     def build(
         self,
@@ -68,7 +70,9 @@ class SwinConfig(BackboneConfig):
 
     def demo(self) -> SwinConfig:
         """Two stages of two blocks, 32 and 64 wide, windows of 4 x 4 on the 8 x 8 patches of 32-pixel images."""
-        return replace(self, image_size=32, width=32, depths=(2, 2), heads=(2, 4), window=4, drop_path=0.0)
+        return replace(
+            self, image_size=32, width=32, depths=(2, 2), heads=(2, 4), window=4, drop_path=0.0, init="xavier"
+        )
 
     @property
     def feature_width(self) -> int:
@@ -247,7 +251,7 @@ class SwinTransformer(nn.Module):
             for i, stage in enumerate(config.stages)
         )
         self.norm = nn.LayerNorm(self.width, eps=NORM_EPS)
-        truncated_init_(self)
+        (truncated_init_ if config.init == "swin" else xavier_init_)(self)
 
     def forward(self, images: Tensor, regions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Encode images.
