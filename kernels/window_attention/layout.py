@@ -43,21 +43,22 @@ class Layout:
 
 
 # What does not spill was found by compiling for the three targets. Programs of more than four warps compute some of
-# their products twice, and are for wide heads. Where biases are gathered in a loop there are no stages: the compiler
-# would copy them 4 bytes at a time into shared memory.
-def _forward(whole: int, tokens: int, width: int, single: bool) -> Tile:
+# their products twice, and are for what does not fit otherwise. There are no stages where biases are gathered in a loop:
+# the compiler would copy them 4 bytes at a time into shared memory.
+def _forward(whole: int, tokens: int, width: int, single: bool, fill: bool) -> Tile:
     if single:
         return Tile(32, 16, 8, 1) if width > 64 else Tile(32, 32, 4, 1)
     if whole <= LARGEST:
         return Tile(whole, whole, 4, 2 if width <= 64 else 1)
     if width > 64:
         return Tile(LARGEST, 16, 4, 1)
-    # Twice the queries for the same keys, where no more of them are padding.
-    return Tile(LARGEST, 32, 4, 1) if triton.cdiv(tokens, LARGEST) % 2 else Tile(2 * LARGEST, 32, 8, 1)
+    # Twice the queries for the same keys, where these are no more tiles.
+    twice = not fill and triton.cdiv(tokens, LARGEST) % 2 == 0
+    return Tile(2 * LARGEST, 32, 8, 1) if twice else Tile(LARGEST, 32, 4, 1)
 
 
 def _gradients(whole: int, width: int, single: bool, fill: bool, capability: int) -> Tile | None:
-    if whole > (LARGEST // 2 if single else LARGEST) or width > 64 or (capability < 90 and (fill or width > 32)):
+    if whole > (MIN_BLOCK if single else LARGEST) or width > 64 or (capability < 90 and (fill or width > 32)):
         return None
     return Tile(whole, min(whole, 32), 4 if width <= 32 else 8, 1)
 
@@ -66,7 +67,7 @@ def _queries(width: int, single: bool) -> Tile:
     # 16 keys at a time, since the sums of all pairs fill the registers.
     if single:
         return Tile(32, MIN_BLOCK, 4 if width <= 64 else 8, 1)
-    return Tile(LARGEST if width <= 64 else LARGEST // 2, MIN_BLOCK, 4 if width <= 32 else 8, 1)
+    return Tile(LARGEST if width <= 64 else MIN_BLOCK, MIN_BLOCK, 4 if width <= 32 else 8, 1)
 
 
 def _keys(width: int, single: bool, capability: int) -> Tile:
@@ -107,7 +108,7 @@ def layout(
     return Layout(
         sizes=(height, width, down, across),
         windows=batch * down * across,
-        forward=fit(_forward(whole, tokens, wide, single)),
+        forward=fit(_forward(whole, tokens, wide, single, constants["FILL"])),
         gradients=gradients,
         queries=fit(_queries(wide, single)),
         keys=fit(_keys(wide, single, capability)),

@@ -96,16 +96,14 @@ def test_the_softmax_passes_multiply_on_tensor_cores(measured, op, call):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", ["w7 shifted", "w8 shifted", "w7 D128", "w14 shifted", "w14 shifted and padded"])
+@pytest.mark.parametrize("call", ["w7 shifted", "w8 shifted", "w7 D64", "w14 shifted", "w14 shifted and padded"])
 def test_windowed_attention_multiplies_on_tensor_cores(measured, call):
-    """Also on capability 9.0 some gradients have too few rows for the instruction of a whole warp group."""
     rows = {name: row for name, row in measured[1].items() if name.startswith(f"window_attention/bf16 {call}/")}
-    rows = {name: row for name, row in rows.items() if not name.endswith("/table_backward_kernel")}
-    assert len(rows) in (2, 3)
-    for row in rows.values():
-        assert row["80"].mma.keys() == {"HMMA"}
-        assert "HGMMA" in row["90"].mma
-        assert "UTCHMMA" in row["100"].mma
+    sums = ("/table_backward_kernel", "/sum_partials_kernel")
+    kernels = [row for name, row in rows.items() if not name.endswith(sums)]
+    assert len(kernels) >= 2
+    for target, instruction in (("80", "HMMA"), ("90", "HGMMA"), ("100", "UTCHMMA")):
+        assert all(instruction in row[target].mma for row in kernels if target in row)
 
 
 @pytest.mark.slow
