@@ -56,7 +56,7 @@ class EsViTConfig(DINOConfig):
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
-        return DemoRun(epochs=8, batch_size=128, lr=2e-3, weight_decay=0.04)
+        return DemoRun(epochs=6, batch_size=128, lr=2e-3, weight_decay=0.04)
 
     def demo_rivals(self) -> dict[str, MethodConfig]:
         """The same without the loss of regions, which is there to make regions find each other."""
