@@ -43,8 +43,8 @@ class Layout:
 
 
 # What does not spill was found by compiling for the three targets. Programs of more than four warps compute some of
-# their products twice, and are for what does not fit otherwise. There are no stages where biases are gathered in a loop:
-# the compiler would copy them 4 bytes at a time into shared memory.
+# their products twice, and are for what does not fit otherwise. Loops that gather biases are not pipelined, since the
+# compiler would copy biases 4 bytes at a time into shared memory.
 def _forward(whole: int, tokens: int, width: int, single: bool, fill: bool) -> Tile:
     if single:
         return Tile(32, 16, 8, 1) if width > 64 else Tile(32, 32, 4, 1)
