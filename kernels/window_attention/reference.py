@@ -304,7 +304,7 @@ def backward(
                         value = value[:, :, :-1]
                     some.write(target, value)
     grad_bias = grad_bias.flatten().to(qkv_bias.dtype) if qkv_bias.numel() else qkv_bias.new_empty(0)
-    return grad_qkv, _fold(grad_whole).to(bias_table.dtype, memory_format=torch.contiguous_format), grad_bias
+    return grad_qkv, _fold(grad_whole).to(bias_table.dtype).contiguous(), grad_bias
 
 
 def _piece_backward(

@@ -225,6 +225,18 @@ def test_any_strides():
             torch.testing.assert_close(value, expected[part], msg=f"{name}: {part}")
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_lie_as_a_compiler_expects(impl, dtype):
+    """A compiled backward relies on the strides that the op has promised: contiguous ones."""
+    case = windows()
+    given = {name: x.to(dtype).requires_grad_() for name, x in case.inputs.items() if name in case.differentiable}
+    options = {name: x for name, x in case.inputs.items() if name not in given}
+    out = window_attention(**given, **options, impl=impl)
+    gradients = torch.autograd.grad(out, list(given.values()), torch.ones_like(out))
+    assert all(gradient.is_contiguous() for gradient in gradients)
+
+
 def test_some_gradients_only():
     case = windows()
     expected = evaluate(window_attention, case)
