@@ -52,7 +52,7 @@ class EsViTConfig(DINOConfig):
 
     def demo(self) -> EsViTConfig:
         """A small Swin with batch normalisation in its heads, few prototypes, two small crops of 16 pixels."""
-        return replace(self, **self.shrunk() | {"momentum": 0.99})
+        return replace(self, **self.shrunk() | {"momentum": 0.99, "region_epoch": 0})
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""

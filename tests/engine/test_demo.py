@@ -51,6 +51,9 @@ def test_demos_keep_the_method_and_take_its_settings(name):
     assert demo.accumulation(1) == 1
     assert demo.data.source == "demo"
     assert demo.method.build().views()[0].size == (32, 32)
+    assert (
+        getattr(demo.method, "region_epoch", 0) == 0
+    )  # regions are compared from the start, however late they were to
 
 
 def test_a_method_that_cannot_be_built_is_refused():
