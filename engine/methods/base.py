@@ -30,18 +30,28 @@ class Schedule:
     global_rows: int
     """Size of the global batch."""
 
-    def uniform(self, rows: int, columns: int, device: torch.device) -> Tensor:
+    def uniform(self, rows: int, columns: int, device: torch.device, *, stream: int = 0) -> Tensor:
         """Draw U[0, 1) noise that depends on the sample's place in the global batch and on nothing else.
 
         The noise of the whole global batch is drawn from a generator seeded by the step, and this micro-batch's rows
         are returned: any number of ranks and any accumulation see the same masks, and resuming needs no state.
 
+        Args:
+            rows: samples of this micro-batch.
+            columns: numbers for each sample.
+            device: where to draw; the CPU and a GPU draw different numbers.
+            stream: which of the step's draws this is, 0 to 127: a step that draws for several purposes numbers them.
+
         Returns:
             float32 `[rows, columns]` on `device`.
         """
-        generator = torch.Generator(device).manual_seed((self.seed << 32) + self.step)
-        noise = torch.rand(self.global_rows, columns, generator=generator, device=device)
+        noise = self.uniform_everywhere(columns, device, stream=stream)
         return noise[self.first_row : self.first_row + rows]
+
+    def uniform_everywhere(self, columns: int, device: torch.device, *, stream: int = 0) -> Tensor:
+        """The noise of the whole global batch, float32 `[global_rows, columns]`, of which `uniform` returns a part."""
+        generator = torch.Generator(device).manual_seed((stream << 56) + (self.seed << 32) + self.step)
+        return torch.rand(self.global_rows, columns, generator=generator, device=device)
 
 
 @dataclass(frozen=True)
