@@ -1,0 +1,291 @@
+"""Masks for a whole batch at once: the random cells of SimMIM, the blocks of BEiT, iBOT and DINOv2.
+
+Nothing here draws numbers. Every function takes noise, U[0, 1) float32 with one row for each image, and an image's
+mask depends on its own row alone. The functions that say how many tokens to mask run on a CPU as well as on a GPU: a
+method that draws them on the CPU knows, without waiting for a GPU, how many masked tokens there can be.
+
+    method   counts                                    least_area                      most_area
+    BEiT     75 of 14 x 14                             16                              None
+    iBOT     ibot_counts                               (min(grid) // 3) ** 2           None
+    DINOv2   dinov2_counts                             4                               half of the tokens
+
+Sources: SimMIM (arXiv 2111.09886), BEiT (arXiv 2106.08254), iBOT (arXiv 2111.07832), DINOv2 (arXiv 2304.07193) and
+the code released with each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_ATTEMPTS = 64
+"""Rectangles that an image may try. Of ten million images of each setting above, a handful want more."""
+BLOCK_COLUMNS = 3 * BLOCK_ATTEMPTS
+"""Columns of `block_masks`: area, aspect and place of each attempt."""
+
+
+def coarse_columns(grid: tuple[int, int], scale: int) -> int:
+    """Columns that `coarse_masks` needs: one for each cell of `scale x scale` tokens.
+
+    Raises:
+        ValueError: The cells do not tile the grid.
+    """
+    if scale < 1 or grid[0] % scale or grid[1] % scale:
+        raise ValueError(f"cells of {scale} x {scale} tokens do not tile a grid of {grid[0]} x {grid[1]}")
+    return grid[0] // scale * (grid[1] // scale)
+
+
+def coarse_masks(noise: Tensor, grid: tuple[int, int], *, scale: int, ratio: float) -> Tensor:
+    """Mask random cells of `scale x scale` tokens, as SimMIM does: the same number in every image.
+
+    Args:
+        noise: U[0, 1) `[B, coarse_columns(grid, scale)]`; the cells with the smallest numbers are masked.
+        grid: rows and columns of tokens.
+        scale: side of a cell, in tokens.
+        ratio: share of the cells to mask, rounded up: 0.6 of 49 cells are 30.
+
+    Returns:
+        bool `[B, g_h * g_w]`, True where masked.
+
+    Raises:
+        ValueError: The cells do not tile the grid, the ratio is not in 0 to 1, or the noise has other columns.
+    """
+    cells = coarse_columns(grid, scale)
+    _check_columns(noise, cells)
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"ratio must be from 0 to 1, got {ratio}")
+    chosen = noise.topk(math.ceil(ratio * cells), dim=1, largest=False, sorted=False).indices
+    masked = torch.zeros(noise.shape, dtype=torch.bool, device=noise.device).scatter_(1, chosen, True)
+    masked = masked.view(-1, grid[0] // scale, 1, grid[1] // scale, 1)
+    return masked.expand(-1, -1, scale, -1, scale).reshape(noise.shape[0], -1)
+
+
+def block_masks(
+    noise: Tensor,
+    grid: tuple[int, int],
+    counts: Tensor,
+    *,
+    least_area: float,
+    most_area: float | None = None,
+    aspect: float = 0.3,
+    tries: int = 10,
+    rounds: int = 24,
+) -> Tensor:
+    """Mask rectangles until each image has the number it wants, or no further rectangle is found: BEiT's rule.
+
+    As long as an image misses tokens, it tries rectangles: an area uniform between `least_area` and the missing tokens
+    (in whichever order these are), a log-uniform aspect, sides rounded to tokens, smaller than the grid in both
+    directions, and a uniform place. The first that masks anything new, but no more than is missing, is kept. An image
+    that fails `tries` times in a row stays as it is: a count is an upper bound, and often reached.
+
+    Attempt j of an image takes the columns 3j, 3j + 1 and 3j + 2 of its noise, in float64, so that CPU and GPU agree.
+
+    Args:
+        noise: U[0, 1) `[B, 3 * attempts]`, `BLOCK_COLUMNS` as a rule; an image that has used it up stays as it is.
+        grid: rows and columns of tokens.
+        counts: `[B]`, tokens to mask, whole or not; 0 masks nothing.
+        least_area: one end of the range of areas, in tokens.
+        most_area: cap on the other end, and on what one rectangle masks; None for none.
+        aspect: smallest height over width; the largest is its inverse.
+        tries: attempts in a row that may fail.
+        rounds: rectangles that an image may keep. The default suffices up to 16 x 16 tokens for all but a handful of
+            ten million images; a GPU computes every round, so that nothing has to be waited for.
+
+    Returns:
+        bool `[B, g_h * g_w]`, True where masked.
+
+    Raises:
+        ValueError: The noise is not in threes, or the counts are not one for each row of it.
+    """
+    if noise.ndim != 2 or noise.shape[1] % 3 or not noise.shape[1]:
+        raise ValueError(f"noise must be [B, 3 * attempts], got {tuple(noise.shape)}; draw BLOCK_COLUMNS columns")
+    if counts.shape != noise.shape[:1] or counts.device != noise.device:
+        raise ValueError(
+            f"counts must be [{noise.shape[0]}] on {noise.device} as the noise, got {tuple(counts.shape)} on "
+            f"{counts.device}; move them there"
+        )
+    B, (H, W) = noise.shape[0], grid
+    windows = _attempts(noise, aspect, tries)
+    first = torch.arange(B, device=noise.device) * (noise.shape[1] // 3 + tries)
+    missing = counts.double()
+    mask = torch.zeros(B, H, W, dtype=torch.bool, device=noise.device)
+    for _ in range(rounds):
+        cap = missing if most_area is None else missing.clamp(max=most_area)
+        rows, columns, new, taken = _first_acceptable(
+            windows.index_select(1, first), mask, cap.unsqueeze(1), least_area
+        )
+        mask = mask | (rows.unsqueeze(2) & columns.unsqueeze(1))
+        missing = torch.where(new > 0, missing - new, 0.0)
+        first = first + torch.where(new > 0, taken + 1, 0)
+        if noise.device.type == "cpu" and not bool((missing > 0).any()):
+            break
+    return mask.flatten(1)
+
+
+def _attempts(noise: Tensor, aspect: float, tries: int) -> Tensor:
+    """Every `tries` consecutive attempts, float64 `[4, rows, tries]`: area, root of the aspect, its inverse, place.
+
+    Behind an image's attempts lie as many empty ones.
+    """
+    area, shape, place = noise.double().view(noise.shape[0], -1, 3).unbind(2)
+    root = torch.exp((0.5 - shape) * math.log(aspect))
+    attempts = F.pad(torch.stack([area, root, root.reciprocal(), place]), (0, tries))
+    return attempts.flatten(1).unfold(1, tries, 1)
+
+
+def _first_acceptable(
+    attempts: Tensor, mask: Tensor, cap: Tensor, least_area: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first attempt of each image that masks at least one new token and at most `cap` of them.
+
+    Args:
+        attempts: float64 `[4, B, tries]`.
+        mask: bool `[B, H, W]`.
+        cap: float64 `[B, 1]`.
+        least_area: of a rectangle, in tokens.
+
+    Returns:
+        Its rows `[B, H]`, its columns `[B, W]`, the number of new tokens `[B]` (0 where no attempt is acceptable), and
+        which attempt it is `[B]`.
+    """
+    H, W = mask.shape[1:]
+    area, root, inverse, place = attempts
+    side = (least_area + area * (cap - least_area)).sqrt()
+    height, width = (side * root).round(), (side * inverse).round()
+    fits = (height < H) & (width < W)
+    height, width = height * fits, width * fits
+    # Rows and columns from one number: every place is as likely as any other, up to 2^-24 of noise.
+    wide = W + 1 - width
+    spot = (place * (H + 1 - height) * wide).floor()
+    top = torch.div(spot, wide, rounding_mode="floor")
+    left = spot - top * wide
+    # Masked tokens above and left of each corner of the tokens' grid: four of them count those of a rectangle.
+    above = F.pad(mask.double().cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
+    corner, down = top * (W + 1) + left, height * (W + 1)
+    corners = torch.cat([corner, corner + width, corner + down, corner + down + width], dim=1).long()
+    a, b, c, d = above.gather(1, corners).chunk(4, dim=1)
+    new = height * width - (d - c - b + a)
+    accepted = (new > 0) & (new <= cap)
+    taken = accepted.int().argmax(1, keepdim=True)
+    new, top, left, height, width = ((x * accepted).gather(1, taken) for x in (new, top, left, height, width))
+    y, x = torch.arange(H, device=mask.device), torch.arange(W, device=mask.device)
+    return (
+        (y >= top) & (y < top + height),
+        (x >= left) & (x < left + width),
+        new.squeeze(1),
+        taken.squeeze(1),
+    )
+
+
+def ibot_columns(ratios: Sequence[float] = (0.0, 0.3)) -> int:
+    """Columns that `ibot_counts` needs: one for each ratio and one for the choice."""
+    return len(ratios) + 1
+
+
+def ibot_counts(
+    noise: Tensor,
+    tokens: int,
+    *,
+    ratios: Sequence[float] = (0.0, 0.3),
+    variances: Sequence[float] = (0.0, 0.2),
+) -> Tensor:
+    """Tokens to mask in each crop: iBOT leaves half of the crops whole, and masks U(0.1, 0.5) of the others.
+
+    Args:
+        noise: U[0, 1) `[B, ibot_columns(ratios)]`: a draw for each ratio, then the choice among them.
+        tokens: tokens of a crop.
+        ratios: shares of the tokens, one of which is chosen with equal chances.
+        variances: half-width of the uniform distribution around each ratio.
+
+    Returns:
+        float64 `[B]`, not rounded: `block_masks` masks at most the whole part, which `counts.long().sum()` bounds.
+
+    Raises:
+        ValueError: The noise has other columns, or there are not as many variances as ratios.
+    """
+    _check_columns(noise, ibot_columns(ratios))
+    if len(ratios) != len(variances):
+        raise ValueError(f"variances must be one for each of {len(ratios)} ratios, got {len(variances)}")
+    draws = noise.double()
+    chosen = (draws[:, -1] * len(ratios)).long()
+    share = torch.zeros_like(draws[:, 0])
+    for i, (ratio, variance) in enumerate(zip(ratios, variances, strict=True)):
+        share = torch.where(chosen == i, ratio + variance * (2 * draws[:, i] - 1), share)
+    return share * tokens
+
+
+def ranks(noise: Tensor) -> Tensor:
+    """Place of each number in ascending order, int64 of the shape of `noise`: a random permutation."""
+    return noise.flatten().argsort().argsort().view(noise.shape)
+
+
+def dinov2_counts(
+    order: Tensor,
+    noise: Tensor,
+    tokens: int,
+    *,
+    share: float = 0.5,
+    ratios: tuple[float, float] = (0.1, 0.5),
+) -> tuple[Tensor, int]:
+    """Tokens to mask in each crop of the global batch: DINOv2 spreads the shares evenly over the crops that it masks.
+
+    Of `n` crops `M = int(share * n)` get a mask. The range of ratios is cut into M equal parts, and one crop draws
+    from each: the batch masks nearly the same number of tokens in every step.
+
+    Args:
+        order: which part each crop draws from, a permutation of `0 .. n - 1` of any shape, such as `ranks` of noise
+            over the global batch; a crop whose number is M or more is not masked.
+        noise: U[0, 1), the shape of `order`.
+        tokens: tokens of a crop.
+        share: share of the crops that get a mask.
+        ratios: smallest and largest share of a crop's tokens.
+
+    Returns:
+        int64 counts of the shape of `order`, and the largest sum that they can have.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if order.shape != noise.shape:
+        raise ValueError(f"order and noise must have one shape, got {tuple(order.shape)} and {tuple(noise.shape)}")
+    low, high = ratios
+    masked = int(share * order.numel())
+    width = (high - low) / max(masked, 1)
+    counts = (tokens * (low + width * (order + noise.double()))).long()
+    bound = sum(int(tokens * (low + width * (i + 1))) for i in range(masked))
+    return torch.where(order < masked, counts, 0), bound
+
+
+def masked_rows(masks: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The masked tokens of a batch in a list of fixed length, found without waiting for a GPU.
+
+    Args:
+        masks: bool `[B, L]`.
+        capacity: length of the list, at least the number of masked tokens: known from the counts on the host.
+
+    Returns:
+        Indices into the flattened `[B * L]`, int64 `[capacity]` in ascending order, then 0 as padding; and weights,
+        float32 `[capacity]`: 1 over the masked tokens of the token's image, and 0 for padding.
+
+    Raises:
+        ValueError: The capacity is not positive, or too small, which only the CPU can tell; a GPU leaves out the rest.
+    """
+    if capacity <= 0:
+        raise ValueError(f"capacity must be positive, got {capacity}; where nothing is masked, leave out the loss")
+    flat = masks.flatten().long().cumsum(0)
+    if masks.device.type == "cpu" and int(flat[-1]) > capacity:
+        raise ValueError(f"{int(flat[-1])} tokens are masked and capacity is {capacity}; sum the counts of these rows")
+    number = torch.arange(1, capacity + 1, device=masks.device)
+    real = number <= flat[-1]
+    index = torch.where(real, torch.searchsorted(flat, number), 0)
+    weight = masks.sum(1).clamp(min=1).float().reciprocal()[index // masks.shape[1]]
+    return index, torch.where(real, weight, 0.0)
+
+
+def _check_columns(noise: Tensor, columns: int) -> None:
+    if noise.ndim != 2 or noise.shape[1] != columns:
+        raise ValueError(f"noise must be [B, {columns}], got {tuple(noise.shape)}")
