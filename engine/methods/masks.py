@@ -101,84 +101,80 @@ def block_masks(
     Raises:
         ValueError: The noise is not in threes, or the counts are not one for each row of it.
     """
-    if noise.ndim != 2 or noise.shape[1] % 3 or not noise.shape[1]:
-        raise ValueError(f"noise must be [B, 3 * attempts], got {tuple(noise.shape)}; draw BLOCK_COLUMNS columns")
-    if counts.shape != noise.shape[:1] or counts.device != noise.device:
-        raise ValueError(
-            f"counts must be [{noise.shape[0]}] on {noise.device} as the noise, got {tuple(counts.shape)} on "
-            f"{counts.device}; move them there"
-        )
-    B, (H, W) = noise.shape[0], grid
-    windows = _attempts(noise, aspect, tries)
-    first = torch.arange(B, device=noise.device) * (noise.shape[1] // 3 + tries)
-    missing = counts.double()
-    mask = torch.zeros(B, H, W, dtype=torch.bool, device=noise.device)
+    _check_blocks(noise, counts, aspect, least_area)
+    B, attempts = noise.shape[0], noise.shape[1] // 3
+    table = _attempts(noise, aspect, tries)
+    reach = torch.arange(tries, device=noise.device)
+    active = torch.arange(B, device=noise.device)
+    first = active * (attempts + tries)
+    missing = counts.double().clamp(min=0)
+    mask = torch.zeros(B, *grid, dtype=torch.int32, device=noise.device)
     for _ in range(rounds):
-        cap = missing if most_area is None else missing.clamp(max=most_area)
-        rows, columns, new, taken = _first_acceptable(
-            windows.index_select(1, first), mask, cap.unsqueeze(1), least_area
-        )
-        mask = mask | (rows.unsqueeze(2) & columns.unsqueeze(1))
-        missing = torch.where(new > 0, missing - new, 0.0)
-        first = first + torch.where(new > 0, taken + 1, 0)
-        if noise.device.type == "cpu" and not bool((missing > 0).any()):
-            break
-    return mask.flatten(1)
+        if noise.device.type == "cpu":  # where knowing which images are done costs nothing
+            active = missing.nonzero().squeeze(1)
+            if not len(active):
+                break
+        begin, left = first.index_select(0, active), missing.index_select(0, active)
+        before = mask.index_select(0, active)
+        draws = table.index_select(1, (begin.unsqueeze(1) + reach).flatten()).view(4, -1, tries)
+        cap = (left if most_area is None else left.clamp(max=most_area)).unsqueeze(1)
+        boxes = _rectangles(draws, cap, grid, least_area)
+        new = boxes[2] * boxes[3] - _covered(before, boxes)
+        found, taken = ((new > 0) & (new <= cap)).max(dim=1, keepdim=True)
+        box = boxes.gather(2, taken.expand(4, -1, -1)) * found
+        mask.index_copy_(0, active, torch.maximum(before, _painted(box, grid)))
+        # An image that found nothing wants nothing any more.
+        left = torch.where(found, left.unsqueeze(1) - new.gather(1, taken), 0.0).squeeze(1)
+        missing.index_copy_(0, active, left)
+        first.index_copy_(0, active, begin + taken.squeeze(1) + 1)
+    return mask.flatten(1).bool()
 
 
 def _attempts(noise: Tensor, aspect: float, tries: int) -> Tensor:
-    """Every `tries` consecutive attempts, float64 `[4, rows, tries]`: area, root of the aspect, its inverse, place.
+    """Area, root of the aspect, its inverse and place of every attempt, float64 `[4, B * (attempts + tries)]`.
 
-    Behind an image's attempts lie as many empty ones.
+    Behind an image's attempts lie `tries` of no size, which mask nothing.
     """
     area, shape, place = noise.double().view(noise.shape[0], -1, 3).unbind(2)
     root = torch.exp((0.5 - shape) * math.log(aspect))
-    attempts = F.pad(torch.stack([area, root, root.reciprocal(), place]), (0, tries))
-    return attempts.flatten(1).unfold(1, tries, 1)
+    drawn = torch.stack([area, root, root.reciprocal(), place])
+    return torch.cat([drawn, drawn.new_zeros(*drawn.shape[:2], tries)], dim=2).flatten(1)
 
 
-def _first_acceptable(
-    attempts: Tensor, mask: Tensor, cap: Tensor, least_area: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first attempt of each image that masks at least one new token and at most `cap` of them.
+def _rectangles(draws: Tensor, cap: Tensor, grid: tuple[int, int], least_area: float) -> Tensor:
+    """Top, left, height and width, float64 `[4, B, tries]`, from the attempts `draws [4, B, tries]` and `cap [B, 1]`.
 
-    Args:
-        attempts: float64 `[4, B, tries]`.
-        mask: bool `[B, H, W]`.
-        cap: float64 `[B, 1]`.
-        least_area: of a rectangle, in tokens.
-
-    Returns:
-        Its rows `[B, H]`, its columns `[B, W]`, the number of new tokens `[B]` (0 where no attempt is acceptable), and
-        which attempt it is `[B]`.
+    What is as high or as wide as the grid has no size.
     """
-    H, W = mask.shape[1:]
-    area, root, inverse, place = attempts
+    area, root, inverse, place = draws
     side = (least_area + area * (cap - least_area)).sqrt()
     height, width = (side * root).round(), (side * inverse).round()
-    fits = (height < H) & (width < W)
+    fits = (height < grid[0]) & (width < grid[1])
     height, width = height * fits, width * fits
-    # Rows and columns from one number: every place is as likely as any other, up to 2^-24 of noise.
-    wide = W + 1 - width
-    spot = (place * (H + 1 - height) * wide).floor()
-    top = torch.div(spot, wide, rounding_mode="floor")
-    left = spot - top * wide
-    # Masked tokens above and left of each corner of the tokens' grid: four of them count those of a rectangle.
-    above = F.pad(mask.double().cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
-    corner, down = top * (W + 1) + left, height * (W + 1)
-    corners = torch.cat([corner, corner + width, corner + down, corner + down + width], dim=1).long()
-    a, b, c, d = above.gather(1, corners).chunk(4, dim=1)
-    new = height * width - (d - c - b + a)
-    accepted = (new > 0) & (new <= cap)
-    taken = accepted.int().argmax(1, keepdim=True)
-    new, top, left, height, width = ((x * accepted).gather(1, taken) for x in (new, top, left, height, width))
-    y, x = torch.arange(H, device=mask.device), torch.arange(W, device=mask.device)
-    return (
-        (y >= top) & (y < top + height),
-        (x >= left) & (x < left + width),
-        new.squeeze(1),
-        taken.squeeze(1),
-    )
+    # One number chooses among all places, each as likely as any other up to the 24 bits of the noise.
+    columns = grid[1] + 1 - width
+    spot = (place * (grid[0] + 1 - height) * columns).floor()
+    top = torch.div(spot, columns, rounding_mode="floor")
+    return torch.stack([top, spot - top * columns, height, width])
+
+
+def _covered(mask: Tensor, boxes: Tensor) -> Tensor:
+    """How many tokens of each rectangle are masked already, int32 `[B, tries]`, for int32 masks `[B, H, W]`."""
+    sums = F.pad(mask.cumsum(2, dtype=torch.int32).cumsum(1, dtype=torch.int32), (1, 0, 1, 0))
+    top, left, height, width = boxes.long()
+    pitch = sums.shape[2]
+    start, down = top * pitch + left, height * pitch
+    corners = torch.stack([start, start + width, start + down, start + down + width], dim=1)
+    a, b, c, d = sums.flatten(1).gather(1, corners.flatten(1)).view(corners.shape).unbind(1)
+    return d - c - b + a
+
+
+def _painted(box: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One rectangle for each image, `[4, B, 1]`, as int32 masks `[B, H, W]`."""
+    top, left, height, width = box.int()
+    y, x = (torch.arange(side, dtype=torch.int32, device=box.device) for side in grid)
+    rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
+    return rows.int().unsqueeze(2) * columns.int().unsqueeze(1)
 
 
 def ibot_columns(ratios: Sequence[float] = (0.0, 0.3)) -> int:
@@ -289,3 +285,17 @@ def masked_rows(masks: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 def _check_columns(noise: Tensor, columns: int) -> None:
     if noise.ndim != 2 or noise.shape[1] != columns:
         raise ValueError(f"noise must be [B, {columns}], got {tuple(noise.shape)}")
+
+
+def _check_blocks(noise: Tensor, counts: Tensor, aspect: float, least_area: float) -> None:
+    if noise.ndim != 2 or noise.shape[1] % 3 or not noise.shape[1]:
+        raise ValueError(f"noise must be [B, 3 * attempts], got {tuple(noise.shape)}; draw BLOCK_COLUMNS columns")
+    if counts.shape != noise.shape[:1] or counts.device != noise.device:
+        raise ValueError(
+            f"counts must be [{noise.shape[0]}] on {noise.device} as the noise is, got {list(counts.shape)} on "
+            f"{counts.device}; give one for each image, moved there"
+        )
+    if not 0.0 < aspect <= 1.0:
+        raise ValueError(f"aspect must be over 0 and at most 1, got {aspect}; its inverse is the other end")
+    if least_area < 0:
+        raise ValueError(f"least_area must not be negative, got {least_area}")
