@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_ATTEMPTS = 64
-"""Rectangles that an image may try. Of ten million images of each setting above, a handful want more."""
+"""Rectangles that an image may try: of a million images of each setting above none wanted more than 58."""
 BLOCK_COLUMNS = 3 * BLOCK_ATTEMPTS
 """Columns of `block_masks`: area, aspect and place of each attempt."""
 
@@ -73,7 +73,7 @@ def block_masks(
     most_area: float | None = None,
     aspect: float = 0.3,
     tries: int = 10,
-    rounds: int = 24,
+    rounds: int = 20,
 ) -> Tensor:
     """Mask rectangles until each image has the number it wants, or no further rectangle is found: BEiT's rule.
 
@@ -92,8 +92,9 @@ def block_masks(
         most_area: cap on the other end, and on what one rectangle masks; None for none.
         aspect: smallest height over width; the largest is its inverse.
         tries: attempts in a row that may fail.
-        rounds: rectangles that an image may keep. The default suffices up to 16 x 16 tokens for all but a handful of
-            ten million images; a GPU computes every round, so that nothing has to be waited for.
+        rounds: rectangles that an image may keep. A GPU computes all rounds, so that nothing has to be waited for; the
+            CPU stops when all images are done. Of a million images of each setting above, also on 16 x 16 tokens, none
+            wanted more than 19; on 37 x 37, take 32.
 
     Returns:
         bool `[B, g_h * g_w]`, True where masked.
@@ -105,15 +106,13 @@ def block_masks(
     B, attempts = noise.shape[0], noise.shape[1] // 3
     table = _attempts(noise, aspect, tries)
     reach = torch.arange(tries, device=noise.device)
-    active = torch.arange(B, device=noise.device)
-    first = active * (attempts + tries)
+    first = torch.arange(B, device=noise.device) * (attempts + tries)
     missing = counts.double().clamp(min=0)
     mask = torch.zeros(B, *grid, dtype=torch.int32, device=noise.device)
     for _ in range(rounds):
-        if noise.device.type == "cpu":  # where knowing which images are done costs nothing
-            active = missing.nonzero().squeeze(1)
-            if not len(active):
-                break
+        active = _unfinished(missing)
+        if not len(active):
+            break
         begin, left = first.index_select(0, active), missing.index_select(0, active)
         before = mask.index_select(0, active)
         draws = table.index_select(1, (begin.unsqueeze(1) + reach).flatten()).view(4, -1, tries)
@@ -126,8 +125,15 @@ def block_masks(
         # An image that found nothing wants nothing any more.
         left = torch.where(found, left.unsqueeze(1) - new.gather(1, taken), 0.0).squeeze(1)
         missing.index_copy_(0, active, left)
-        first.index_copy_(0, active, begin + taken.squeeze(1) + 1)
+        first.index_copy_(0, active, begin + ((taken + 1) * found).squeeze(1))
     return mask.flatten(1).bool()
+
+
+def _unfinished(missing: Tensor) -> Tensor:
+    """Images that still miss tokens, int64; on a GPU, where finding them out would mean waiting, all images."""
+    if missing.device.type == "cpu":
+        return missing.nonzero().squeeze(1)
+    return torch.arange(len(missing), device=missing.device)
 
 
 def _attempts(noise: Tensor, aspect: float, tries: int) -> Tensor:
@@ -272,13 +278,13 @@ def masked_rows(masks: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """
     if capacity <= 0:
         raise ValueError(f"capacity must be positive, got {capacity}; where nothing is masked, leave out the loss")
-    flat = masks.flatten().long().cumsum(0)
-    if masks.device.type == "cpu" and int(flat[-1]) > capacity:
-        raise ValueError(f"{int(flat[-1])} tokens are masked and capacity is {capacity}; sum the counts of these rows")
-    number = torch.arange(1, capacity + 1, device=masks.device)
-    real = number <= flat[-1]
-    index = torch.where(real, torch.searchsorted(flat, number), 0)
-    weight = masks.sum(1).clamp(min=1).float().reciprocal()[index // masks.shape[1]]
+    each = masks.sum(1)
+    total = each.sum()
+    if masks.device.type == "cpu" and int(total) > capacity:
+        raise ValueError(f"{int(total)} tokens are masked and capacity is {capacity}; sum the counts of these images")
+    index = torch.nonzero_static(masks.flatten(), size=capacity, fill_value=0).squeeze(1)
+    real = torch.arange(capacity, device=masks.device) < total
+    weight = each.clamp(min=1).float().reciprocal()[index // masks.shape[1]]
     return index, torch.where(real, weight, 0.0)
 
 
