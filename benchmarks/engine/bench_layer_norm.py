@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from bench import Case, Sizes, compiled, measures
 
-from vitrail.engine.models.vit import NORM_EPS
+from vitrail.engine.models.block import NORM_EPS
 
 Tensor = torch.Tensor
 

@@ -19,9 +19,10 @@ from vitrail.kernels import cross_view_match, prototype_cross_entropy
 from ..data.chains import dino_views
 from ..data.views import View
 from ..models.backbone import BackboneConfig
+from ..models.block import DropPath
 from ..models.heads import DINOHead, head_flops
 from ..models.multi_crop import group_views
-from ..models.vit import DropPath, ViTConfig, dino_vit, vit_small
+from ..models.vit import ViTConfig, dino_vit, vit_small
 from .base import DemoRun, Method, MethodConfig, MomentumPair, Schedule
 from .centers import Centers, Distilled
 from .joint import spread

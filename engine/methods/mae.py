@@ -16,8 +16,9 @@ from vitrail.kernels import masked_patch_gather, masked_patch_loss, random_maski
 
 from ..data.views import HorizontalFlip, RandomResizedCrop, View
 from ..models.backbone import IMAGENET_MEAN, IMAGENET_STD
+from ..models.block import transformer_flops
 from ..models.mae_decoder import MAEDecoder
-from ..models.vit import VisionTransformer, ViTConfig, transformer_flops, vit_base
+from ..models.vit import VisionTransformer, ViTConfig, vit_base
 from .base import Method, MethodConfig, Schedule
 
 

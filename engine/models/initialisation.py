@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitrail.kernels import MaskedPatchEmbed
 
 from .attention import QKVLinear
+from .block import MLP
 
 if TYPE_CHECKING:
     from .vit import VisionTransformer
@@ -61,3 +63,32 @@ def truncated_init_(module: nn.Module) -> None:
             nn.init.trunc_normal_(part.weight, std=0.02)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
+
+
+BEIT_STD = 0.02
+
+
+def beit_init_(vit: VisionTransformer) -> None:
+    """The initialisation of BEiT and SimMIM: normal with a deviation of 0.02, cut off at one deviation.
+
+    It covers linear layers, the patch projection, class and mask token; biases are zero. Weights that end a branch are
+    then divided by `sqrt(2 i)`, i the number of the block from 1.
+    """
+    for part in vit.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            cut_normal_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for token in (vit.cls_token, vit.mask_token):
+        if token is not None:
+            cut_normal_(token)
+    with torch.no_grad():
+        for i, block in enumerate(vit.blocks, start=1):
+            mlp: Any = block.get_submodule("mlp")
+            for last in (block.get_submodule("attn.proj"), mlp.fc2 if isinstance(mlp, MLP) else mlp.w3):
+                last.weight /= (2 * i) ** 0.5
+
+
+def cut_normal_(tensor: Tensor) -> None:
+    """Fill from a normal distribution with a deviation of 0.02, cut off at one deviation; 0.0108 are left of it."""
+    nn.init.trunc_normal_(tensor, std=BEIT_STD, a=-BEIT_STD, b=BEIT_STD)

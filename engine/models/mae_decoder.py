@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from vitrail.kernels import restore_tokens
 
 from .attention import AttentionBackend
+from .block import NORM_EPS, Block, run_block
 from .initialisation import xavier_init_
 from .positions import sincos_positions
-from .vit import NORM_EPS, Block, run_block
 
 
 class PaddedLinear(nn.Linear):

@@ -45,6 +45,28 @@ class Packing:
         counts = torch.tensor(self.lengths(), device=values.device)
         return values.repeat_interleave(counts, output_size=self.tokens)
 
+    def subset(self, share: float, device: torch.device) -> tuple[Tensor, Tensor, Packing]:
+        """A random part of each group's images, at least one.
+
+        Returns:
+            Places of their tokens, int64 `[n]`; each one's group's images over the chosen, float32 `[n]`; how the
+            chosen images lie in the sequence of these tokens.
+        """
+        parts, factors, groups, place = [], [], [], 0
+        for images, tokens in self.groups:
+            kept = max(1, int(images * share))
+            chosen = torch.randperm(images, device=device)[:kept]
+            parts.append((place + chosen[:, None] * tokens + torch.arange(tokens, device=device)).flatten())
+            factors.append(torch.full((kept * tokens,), images / kept, device=device))
+            groups.append((kept, tokens))
+            place += images * tokens
+        return torch.cat(parts), torch.cat(factors), Packing(tuple(groups))
+
+    def unpack(self, sequence: Tensor) -> list[Tensor]:
+        """Tokens `[1, sum of B N, D]` back to `[B, N, D]` for each group; views."""
+        parts = sequence[0].split([images * tokens for images, tokens in self.groups])
+        return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
+
 
 def pack(groups: Sequence[Tensor]) -> tuple[Tensor, Packing]:
     """Put tokens `[B, N, D]` of several groups into one sequence `[1, sum of B N, D]`."""

@@ -15,10 +15,10 @@ from vitrail.kernels import MaskedPatchEmbed, WindowAttention
 from vitrail.kernels.patches import image_size
 
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
+from .block import MLP, NORM_EPS, DropPath
 from .initialisation import truncated_init_, xavier_init_
 from .pixels import standardised
 from .recompute import Recomputable, run
-from .vit import MLP, NORM_EPS, DropPath
 
 
 class StageSize(NamedTuple):
@@ -54,6 +54,10 @@ class SwinConfig(BackboneConfig):
     """Hidden width of the MLP over the channels."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    norm_eps: float = NORM_EPS
+    """Epsilon of the LayerNorms: 1e-6 in EsViT, 1e-5 in SimMIM and timm."""
+    mask_token: bool = False
+    """Whether there is a learned token to stand in for masked patches."""
     init: Literal["swin", "xavier"] = "swin"
     """Normal with a deviation of 0.02, or Xavier-uniform: in a narrow network 0.02 leaves the blocks hardly any say."""
 
@@ -161,12 +165,12 @@ def swin_large(window: int = 7, image_size: int | tuple[int, int] = 224) -> Swin
 class SwinBlock(Recomputable):
     """A pre-norm block with attention within windows."""
 
-    def __init__(self, stage: StageSize, *, shifted: bool, mlp_ratio: float, drop_path: float) -> None:
+    def __init__(self, stage: StageSize, *, shifted: bool, mlp_ratio: float, drop_path: float, norm_eps: float) -> None:
         super().__init__()
         width = stage.width
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = WindowAttention(width, stage.heads, stage.window, stage.shift if shifted else 0)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -179,10 +183,10 @@ class SwinBlock(Recomputable):
 class PatchMerging(nn.Module):
     """Squares of 2 x 2 tokens become one token of twice the width."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, norm_eps: float = NORM_EPS) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
-        self.norm = nn.LayerNorm(4 * width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(4 * width, eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, ceil(H / 2), ceil(W / 2), 2C]` in the same dtype."""
@@ -195,22 +199,29 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """The blocks of one resolution and the step down to the next."""
 
-    def __init__(self, stage: StageSize, rates: list[float], *, mlp_ratio: float, last: bool) -> None:
+    def __init__(self, stage: StageSize, rates: list[float], *, mlp_ratio: float, norm_eps: float, last: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            SwinBlock(stage, shifted=i % 2 == 1, mlp_ratio=mlp_ratio, drop_path=rate) for i, rate in enumerate(rates)
+            SwinBlock(stage, shifted=i % 2 == 1, mlp_ratio=mlp_ratio, drop_path=rate, norm_eps=norm_eps)
+            for i, rate in enumerate(rates)
         )
-        self.downsample = None if last else PatchMerging(stage.width)
+        self.downsample = None if last else PatchMerging(stage.width, norm_eps=norm_eps)
 
 
 class SwinPatchEmbed(MaskedPatchEmbed):
     """Patch projection of raw images, then a LayerNorm of each token."""
 
     def __init__(
-        self, patch_size: int, width: int, *, mean: tuple[float, float, float], std: tuple[float, float, float]
+        self,
+        patch_size: int,
+        width: int,
+        *,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        norm_eps: float,
     ) -> None:
         super().__init__(None, patch_size, width, mean=mean, std=std)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """`[B, H, W, 3]` or `[B, 3, H, W]` to `[B, H / P, W / P, C]`, float32 under autocast."""
@@ -238,7 +249,8 @@ class SwinTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.width = config.feature_width
-        self.patch_embed = SwinPatchEmbed(config.patch_size, config.width, mean=mean, std=std)
+        self.patch_embed = SwinPatchEmbed(config.patch_size, config.width, mean=mean, std=std, norm_eps=config.norm_eps)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.mask_token else None
         steps = max(1, sum(config.depths) - 1)
         rates = (config.drop_path * i / steps for i in range(steps + 1))
         self.layers = nn.ModuleList(
@@ -246,26 +258,31 @@ class SwinTransformer(nn.Module):
                 stage,
                 [next(rates) for _ in range(stage.depth)],
                 mlp_ratio=config.mlp_ratio,
+                norm_eps=config.norm_eps,
                 last=i == len(config.depths) - 1,
             )
             for i, stage in enumerate(config.stages)
         )
-        self.norm = nn.LayerNorm(self.width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(self.width, eps=config.norm_eps)
         (truncated_init_ if config.init == "swin" else xavier_init_)(self)
 
-    def forward(self, images: Tensor, regions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, regions: bool = False, masked: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Encode images.
 
         Args:
             images: uint8 `[B, H, W, 3]` or `[B, 3, H, W]` (normalised on the way in), or floats as
                 `vitrail.kernels.masked_patch_gather` takes them; H and W multiples of the patch.
             regions: return the tokens as well.
+            masked: regions whose content the mask token hides, bool `[B, T]`: each hides all the patches, after their
+                norm, that merge into it.
 
         Returns:
             The mean of the tokens after the final norm, `[B, D]`; with `regions` also those tokens, `[B, T, D]`,
             row by row.
         """
-        tokens = self.norm(self._last_maps(images, 1)[0]).flatten(1, 2)
+        tokens = self.norm(self._last_maps(images, 1, masked)[0]).flatten(1, 2)
         pooled = tokens.mean(dim=1)
         return (pooled, tokens) if regions else pooled
 
@@ -273,9 +290,12 @@ class SwinTransformer(nn.Module):
         """The mean of the tokens after the final norm, `[B, D]`."""
         return self(images)
 
-    def forward_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of the tokens after the final norm, `[B, D]`, and the tokens, `[B, T, D]`, row by row."""
-        return self(images, True)
+    def forward_regions(self, images: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The mean of the tokens after the final norm, `[B, D]`, and the tokens, `[B, T, D]`, row by row.
+
+        Regions of `masked`, bool `[B, T]`, are hidden by the mask token.
+        """
+        return self(images, True, masked)
 
     def forward_last_blocks(self, images: Tensor, count: int) -> Tensor:
         """What EsViT's linear probes read: the mean over the tokens after each of the last `count` blocks, in order.
@@ -296,13 +316,15 @@ class SwinTransformer(nn.Module):
         maps = enumerate(self._last_maps(images, count))
         return torch.cat([(x if i < plain else self.norm(x)).mean(dim=(1, 2)) for i, x in maps], dim=1)
 
-    def _last_maps(self, images: Tensor, count: int) -> deque[Tensor]:
+    def _last_maps(self, images: Tensor, count: int, masked: Tensor | None = None) -> deque[Tensor]:
         """What the last `count` blocks return, `[B, H, W, C]` each."""
-        return deque(self._maps(images), maxlen=count)
+        return deque(self._maps(images, masked), maxlen=count)
 
-    def _maps(self, images: Tensor) -> Iterator[Tensor]:
+    def _maps(self, images: Tensor, masked: Tensor | None) -> Iterator[Tensor]:
         """What each block returns, `[B, H, W, C]`."""
         x = self.patch_embed(standardised(images) if self.config.pixels == "image" else images)
+        if masked is not None:
+            x = self._hide(x, masked)
         for stage in self.layers:
             assert isinstance(stage, SwinStage)
             for block in stage.blocks:
@@ -310,6 +332,15 @@ class SwinTransformer(nn.Module):
                 yield x
             if stage.downsample is not None:
                 x = stage.downsample(x)
+
+    def _hide(self, x: Tensor, masked: Tensor) -> Tensor:
+        """Put the mask token in place of the patches `[B, H, W, C]` of the regions that are masked."""
+        if self.mask_token is None:
+            raise ValueError("regions are masked, but the network has no mask token: build it with mask_token=True")
+        side = 2 ** (len(self.config.depths) - 1)
+        height, width = (-(-length // side) for length in x.shape[1:3])
+        cells = masked.view(-1, height, width).repeat_interleave(side, 1).repeat_interleave(side, 2)
+        return torch.where(cells[:, : x.shape[1], : x.shape[2], None], self.mask_token.to(x.dtype), x)
 
     def first_layer(self) -> list[nn.Parameter]:
         """Parameters of the patch projection."""

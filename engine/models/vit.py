@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +13,15 @@ from torch import Tensor, nn
 from vitrail.kernels import MaskedPatchEmbed
 from vitrail.kernels.patches import image_size
 
-from .attention import Attention, AttentionBackend
+from .attention import AttentionBackend, RelativePositionBias
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
 from .batch_norm import BatchNorm
+from .block import NORM_EPS, Block, DropUnit, MLPKind, mlp_hidden, run_block, transformer_flops
 from .conv_stem import ConvStem, stem_flops
-from .initialisation import moco_v3_init_, truncated_init_, xavier_init_
-from .packing import Packing, pack
+from .initialisation import beit_init_, moco_v3_init_, truncated_init_, xavier_init_
+from .packing import pack
 from .pixels import standardised
 from .positions import resize_positions, sincos_positions
-from .recompute import Recomputable, run
-
-NORM_EPS = 1e-6  # of every LayerNorm (official MAE, MoCo v3 and DINO code)
 
 
 @dataclass(kw_only=True)
@@ -39,19 +38,32 @@ class ViTConfig(BackboneConfig):
     """Attention heads; the head dimension is width / heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over D."""
+    mlp: MLPKind = "gelu"
+    """Two linear layers around a GELU, or SwiGLU with two thirds of the hidden width."""
+    layer_scale: float = 0.0
+    """Value that the learned factors of each branch start from; 0: there are none."""
+    key_bias: bool = True
+    """Whether keys have a bias; BEiT's have none."""
+    mask_token: bool = False
+    """Whether there is a learned token to stand in for masked patches."""
     stem: Literal["patch", "conv"] = "patch"
     """One projection of each patch, or a stack of strided convolutions (ConvStem of MoCo v3)."""
-    positions: Literal["sincos", "sincos_rows", "learned", "learned_sincos"] = "sincos"
+    positions: Literal["sincos", "sincos_rows", "learned", "learned_sincos", "relative"] = "sincos"
     """Fixed sine-cosine table, its first half for the column (MAE) or for the row (MoCo v3), or a learned one.
 
     A learned one starts from noise, or from MAE's table: in a short run noise would have no time to become places.
+    Relative ones are biases of the attention scores that all blocks share (BEiT); tokens then hold no positions.
     """
     position_offset: float = 0.0
     """What is added to the new grid before positions are stretched to it: 0.1 in DINO's and iBOT's released code."""
-    init: Literal["mae", "moco_v3", "dino"] = "mae"
+    init: Literal["mae", "moco_v3", "dino", "dinov2", "beit"] = "mae"
     """Whose initialisation."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    drop_path_rises: bool = True
+    """Whether it rises; otherwise all blocks have the same (DINOv2)."""
+    drop_path_by: DropUnit = "image"
+    """Above a rate of 0.1: drop branches image by image, or compute them for a part of the images alone (DINOv2)."""
     attention: AttentionBackend = "auto"
     """auto: fused kernels on a GPU, explicit matrix products on a CPU."""
 
@@ -102,7 +114,7 @@ class ViTConfig(BackboneConfig):
     def flops(self) -> float:
         """Matrix products of one image, those of the last block for the class token alone."""
         length, width = self.grid[0] * self.grid[1], self.width
-        unread = length * ((4 + 4 * self.mlp_ratio) * width**2 + 4 * (1 + length) * width)  # all tokens but one
+        unread = length * ((4 + 4 * self.mlp_cost) * width**2 + 4 * (1 + length) * width)  # all tokens but one
         return self.region_flops - unread
 
     @property
@@ -113,9 +125,13 @@ class ViTConfig(BackboneConfig):
             embed = stem_flops(self.size, self.patch_size, self.width)
         else:
             embed = 2.0 * length * 3 * self.patch_size**2 * self.width
-        return embed + transformer_flops(
-            tokens=1 + length, width=self.width, depth=self.depth, mlp_ratio=self.mlp_ratio
-        )
+        return embed + transformer_flops(tokens=1 + length, width=self.width, depth=self.depth, mlp_ratio=self.mlp_cost)
+
+    @property
+    def mlp_cost(self) -> float:
+        """Multiply-accumulates of an MLP for one token, in units of 2 D^2; mlp_ratio where it is not gated."""
+        hidden = mlp_hidden(self.width, self.mlp_ratio, self.mlp)
+        return hidden / self.width * (1.0 if self.mlp == "gelu" else 1.5)
 
     def regions_at(self, size: tuple[int, int]) -> int:
         """Patches."""
@@ -147,6 +163,11 @@ def vit_huge(patch_size: int = 14, image_size: int | tuple[int, int] = 224) -> V
     return ViTConfig(image_size=image_size, patch_size=patch_size, width=1280, depth=32, heads=16)
 
 
+def vit_giant(patch_size: int = 14, image_size: int | tuple[int, int] = 224) -> ViTConfig:
+    """ViT-g as DINOv2 has it: 1536 wide, 40 blocks, 24 heads, SwiGLU (arXiv 2304.07193)."""
+    return ViTConfig(image_size=image_size, patch_size=patch_size, width=1536, depth=40, heads=24, mlp="swiglu")
+
+
 def moco_vit(config: ViTConfig, *, heads: int | None = None, stem: Literal["patch", "conv"] = "patch") -> ViTConfig:
     """A ViT as MoCo v3 initialises it (arXiv 2104.02057), its positions by row first.
 
@@ -170,119 +191,45 @@ def dino_vit(config: ViTConfig, *, position_offset: float = 0.1) -> ViTConfig:
     return replace(config, positions="learned", init="dino", position_offset=position_offset)
 
 
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """`[B, N, D]` and indices `[B, M]` to `[B, M, D]`, without an index of D columns."""
-    B, N, D = x.shape
-    flat = rows + torch.arange(B, device=rows.device)[:, None] * N
-    return x.reshape(B * N, D).index_select(0, flat.reshape(-1)).view(B, -1, D)
+def dinov2_vit(config: ViTConfig) -> ViTConfig:
+    """A ViT as DINOv2 trains it (arXiv 2304.07193): layer scale, a mask token, branches computed for a part of a batch.
+
+    Args:
+        config: size.
+    """
+    config = replace(config, positions="learned", init="dinov2", position_offset=0.1, layer_scale=1e-5)
+    return replace(config, mask_token=True, drop_path_rises=False, drop_path_by="subset")
 
 
-class DropPath(nn.Module):
-    """Stochastic depth per sample (arXiv 1603.09382), scaled so that the expectation is kept."""
+def beit_vit(config: ViTConfig, *, layer_scale: float = 0.1) -> ViTConfig:
+    """A ViT as BEiT (arXiv 2106.08254) and SimMIM (arXiv 2111.09886) pre-train it.
 
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """Zero whole samples of `[B, ...]`, or images packed into `[1, N, D]`, with probability `rate` in training."""
-        if not self.training or self.rate == 0.0:
-            return x
-        if packing is not None:
-            keep = torch.rand(packing.images, device=x.device) >= self.rate
-            keep = packing.spread(keep, x.shape[1])[None, :, None]
-        else:
-            keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
-        return x * (keep.to(x.dtype) / (1.0 - self.rate))
-
-
-class MLP(nn.Module):
-    """Two linear layers around an exact (erf) GELU."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` to `[..., D]`."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(Recomputable):
-    """A pre-norm transformer block."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        attention: AttentionBackend = "auto",
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, heads, attention)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = MLP(width, int(width * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-
-    def project(self, x: Tensor) -> Tensor:
-        """The part that looks at each token alone: `LN1` and the qkv projection, `[..., D]` to `[..., 3D]`."""
-        return self.attn.qkv(self.norm1(x))
-
-    def forward(
-        self, x: Tensor, qkv: Tensor | None = None, rows: Tensor | None = None, packing: Packing | None = None
-    ) -> Tensor:
-        """Apply the block, or exactly the part of it that is needed.
-
-        Args:
-            x: residual stream `[B, N, D]`.
-            qkv: `project` of `x`, when the caller has it already, `[B, N, 3D]`.
-            rows: indices `[B, M]` of the only tokens whose output is needed. Every token still serves as key and
-                value; queries, output projection and MLP run for these rows alone, and their results are the same.
-            packing: how several images lie in the one sequence `[1, N, D]`, which then do not see each other.
-
-        Returns:
-            `[B, N, D]`, or `[B, M, D]` with `rows`.
-        """
-        if rows is None:
-            packed: tuple[Tensor, ...] = (self.project(x) if qkv is None else qkv,)
-        else:
-            packed = self._restricted(x, qkv, rows)
-            x = take_rows(x, rows)
-        x = x + self.drop_path(self.attn(*packed, packing=packing), packing)
-        return x + self.drop_path(self.mlp(self.norm2(x)), packing)
-
-    def _restricted(self, x: Tensor, qkv: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries of `rows` alone `[B, M, D]`, keys and values of all tokens `[B, N, 2 D]`."""
-        if qkv is not None:
-            width = x.shape[-1]
-            return take_rows(qkv[..., :width], rows), qkv[..., width:]
-        normed = self.norm1(x)
-        return self.attn.qkv(take_rows(normed, rows), "q"), self.attn.qkv(normed, "kv")
+    Args:
+        config: size.
+        layer_scale: start of each branch's factors: 0.1, and 1e-5 for ViT-L.
+    """
+    config = replace(config, positions="relative", init="beit", layer_scale=layer_scale)
+    return replace(config, key_bias=False, mask_token=True)
 
 
 def build_blocks(config: ViTConfig) -> nn.ModuleList:
-    """`depth` blocks with the drop-path rate rising linearly from 0."""
-    rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
+    """`depth` blocks; the rate of stochastic depth rises linearly from 0, or is the same in all."""
+    steps = max(1, config.depth - 1)
+    rates = [config.drop_path * (i / steps if config.drop_path_rises else 1.0) for i in range(config.depth)]
     return nn.ModuleList(
-        Block(config.width, config.heads, mlp_ratio=config.mlp_ratio, drop_path=rate, attention=config.attention)
+        Block(
+            config.width,
+            config.heads,
+            mlp_ratio=config.mlp_ratio,
+            mlp=config.mlp,
+            layer_scale=config.layer_scale,
+            key_bias=config.key_bias,
+            drop_path=rate,
+            drop_by=config.drop_path_by,
+            attention=config.attention,
+        )
         for rate in rates
     )
-
-
-def run_block(
-    block: nn.Module,
-    x: Tensor,
-    *,
-    qkv: Tensor | None = None,
-    rows: Tensor | None = None,
-    packing: Packing | None = None,
-) -> Tensor:
-    """Call a block, recomputing its activations in the backward pass if it is set to."""
-    return run(block, x, qkv, rows, packing)
 
 
 class VisionTransformer(nn.Module):
@@ -311,64 +258,125 @@ class VisionTransformer(nn.Module):
                 image_size=config.size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
             )
         else:
-            size = None if config.learns_positions else config.size  # learned positions follow the image
+            size = None if config.learns_positions else config.size  # only learned positions follow the image
             self.patch_embed = MaskedPatchEmbed(
                 image_size=size, patch_size=config.patch_size, embed_dim=config.width, mean=mean, std=std
             )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.mask_token else None
+        self.pos_embed: Tensor | None = None
+        self.rel_pos_bias: RelativePositionBias | None = None
+        self._place_positions()
+        self.blocks = build_blocks(config)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self._initialise()
+
+    def _place_positions(self) -> None:
+        config = self.config
+        if config.positions == "relative":
+            self.rel_pos_bias = RelativePositionBias(self.grid, config.heads)
+            return
         by_row = config.positions == "sincos_rows"
         table = sincos_positions(config.width, self.grid, prefix=self.num_prefix, rows_first=by_row)
         if config.learns_positions:
-            self.pos_embed: Tensor = nn.Parameter(table)
+            self.pos_embed = nn.Parameter(table)
             if config.positions == "learned":
                 nn.init.trunc_normal_(self.pos_embed, std=0.02)
         else:
+            del self.pos_embed
             self.register_buffer("pos_embed", table)
-        self.blocks = build_blocks(config)
-        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
-        if config.init == "moco_v3":
+
+    def _initialise(self) -> None:
+        init = self.config.init
+        if init == "moco_v3":
             moco_v3_init_(self)
-        elif config.init == "dino":
+        elif init == "beit":
+            beit_init_(self)
+        elif init in ("dino", "dinov2"):
             truncated_init_(self)
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
+            nn.init.trunc_normal_(self.cls_token, std=0.02 if init == "dino" else 1e-6)
         else:
             xavier_init_(self)
             nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, images: Tensor | list[Tensor], indices: Tensor | None = None, pool: bool = False) -> Tensor:
+    @overload
+    def forward(
+        self, images: Tensor, indices: Tensor | None = ..., pool: bool = ..., masked: Tensor | None = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, images: list[Tensor], indices: None, pool: Literal[True], masked: Sequence[Tensor | None] | None = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        images: list[Tensor],
+        indices: None = ...,
+        pool: Literal[False] = ...,
+        masked: Sequence[Tensor | None] | None = ...,
+    ) -> list[Tensor]: ...
+
+    def forward(
+        self,
+        images: Tensor | list[Tensor],
+        indices: Tensor | None = None,
+        pool: bool = False,
+        masked: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Tensor | list[Tensor]:
         """Encode images.
 
         Args:
             images: uint8 `[B, H, W, 3]` or `[B, 3, H, W]` (normalised on the way in), or normalised-range floats
                 as `vitrail.kernels.masked_patch_gather` takes them. With learned positions, any size that the patch
-                divides: the positions are stretched to it. With `pool` also several such tensors: they share each
-                layer's products, and attention keeps every image to itself.
+                divides: the positions are stretched to it. Also several such tensors: they share each layer's
+                products, and attention keeps every image to itself.
             indices: patches to see, row-major numbers `[B, V]`; None means all.
             pool: return the class token alone; the last block then computes nothing for the others.
+            masked: patches whose content the mask token hides, bool `[B, L]`, or one such tensor or None for each of
+                several `images`. Their positions stay.
 
         Returns:
-            Tokens after the final norm, class token first: `[B, 1 + V, D]`, or `[B, D]` with `pool`.
+            Tokens after the final norm, class token first: `[B, 1 + V, D]`, or `[B, D]` with `pool`. Of several
+            `images`, the class tokens of all in order, `[sum of B, D]`, or without `pool` a list of `[B, 1 + V, D]`.
+
+        Raises:
+            ValueError: something is masked and there is no mask token, or several sizes meet relative positions.
         """
         packing, first = None, None
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         if isinstance(images, list):
-            x, packing = pack([self._embed(group) for group in images])
-            first = packing.starts(x.device)[None]
+            masks = [None] * len(images) if masked is None else masked
+            x, packing = pack([self._embed(group, None, mask) for group, mask in zip(images, masks, strict=True)])
+            if pool:
+                first = packing.starts(x.device)[None]
         else:
-            x = self._embed(images, indices)
+            assert masked is None or isinstance(masked, Tensor)
+            x = self._embed(images, indices, masked)
             if pool:
                 first = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
         for block in self.blocks[:-1]:
-            x = run_block(block, x, packing=packing)
-        x = self.norm(run_block(self.blocks[-1], x, rows=first, packing=packing))
+            x = run_block(block, x, packing=packing, bias=bias)
+        last_bias = bias[:, :1] if bias is not None and pool else bias  # the class token's queries alone
+        x = self.norm(run_block(self.blocks[-1], x, rows=first, packing=packing, bias=last_bias))
         if packing is not None:
-            return x[0]
+            return x[0] if pool else packing.unpack(x)
         return x[:, 0] if pool else x
 
-    def _embed(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
+    def _embed(self, images: Tensor, indices: Tensor | None, masked: Tensor | None) -> Tensor:
         if self.config.pixels == "image":
             images = standardised(images)
         x = self.patch_embed(images) if indices is None else self.patch_embed(images, indices)
-        table: Tensor = self.pos_embed
+        if masked is not None:
+            if self.mask_token is None:
+                raise ValueError("patches are masked, but the network has no mask token: build it with mask_token=True")
+            x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
+        table = self.pos_embed
+        if table is None:
+            if indices is not None:
+                raise ValueError("relative positions need all patches of an image: leave indices out")
+            return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.config.learns_positions:
             height, width = image_size(images)
             grid = height // self.config.patch_size, width // self.config.patch_size
@@ -386,9 +394,12 @@ class VisionTransformer(nn.Module):
         """The class tokens of images of several sizes in one pass, `[sum of B, D]`, in order."""
         return self(images, None, True)
 
-    def forward_regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The class token `[B, D]` and the patches' tokens `[B, T, D]`, row-major, after the final norm."""
-        tokens = self(images)
+    def forward_regions(self, images: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The class token `[B, D]` and the patches' tokens `[B, T, D]`, row-major, after the final norm.
+
+        Patches of `masked`, bool `[B, T]`, are hidden by the mask token.
+        """
+        tokens = self(images, None, False, masked)
         return tokens[:, 0], tokens[:, self.num_prefix :]
 
     def first_layer(self) -> list[nn.Parameter]:
@@ -408,11 +419,3 @@ class VisionTransformer(nn.Module):
                 "pass --method.no-freeze-patch-embed"
             )
         self.patch_embed.proj.requires_grad_(False)
-
-
-def transformer_flops(*, tokens: float, width: int, depth: float, mlp_ratio: float = 4.0) -> float:
-    """Floating-point operations of `depth` blocks on one image, forward, two per multiply-accumulate.
-
-    Matrix products only: qkv and output projection `8 N D^2`, MLP `4 r N D^2`, attention `4 N^2 D`.
-    """
-    return depth * ((8 + 4 * mlp_ratio) * tokens * width**2 + 4 * tokens**2 * width)

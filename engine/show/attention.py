@@ -14,8 +14,9 @@ from vitrail.kernels import WindowAttention, window_attention
 from vitrail.kernels.patches import image_size
 
 from ..data import DataConfig, Source
+from ..models.block import Block
 from ..models.swin import SwinTransformer
-from ..models.vit import Block, VisionTransformer, ViTConfig
+from ..models.vit import VisionTransformer, ViTConfig
 from .pictures import some_images
 
 HEADS = 12  # in a picture
@@ -57,15 +58,19 @@ def class_attention(vit: VisionTransformer, images: Tensor) -> Tensor:
     """
     block = vit.blocks[-1]
     assert isinstance(block, Block)
-    seen: list[Tensor] = []
-    hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    seen: list[Tensor | None] = []
+    hook = block.register_forward_pre_hook(lambda _, inputs: seen.extend((inputs[0], inputs[-1])))
     try:
         vit.forward_features(images)
     finally:
         hook.remove()
+    x, bias = seen
+    assert x is not None
     with torch.autocast(images.device.type, enabled=False):
-        query, key, _ = block.project(seen[0].float()).unflatten(-1, (3, block.attn.heads, -1)).unbind(2)
+        query, key, _ = block.project(x.float()).unflatten(-1, (3, block.attn.heads, -1)).unbind(2)
         scores = torch.einsum("bhd,bnhd->bhn", query[:, 0], key) * query.shape[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias[:, 0]
     height, width = image_size(images)
     patch = vit.config.patch_size
     return scores.softmax(-1)[..., vit.num_prefix :].unflatten(-1, (height // patch, width // patch))

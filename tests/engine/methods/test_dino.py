@@ -17,11 +17,12 @@ from vitrail.engine.methods.centers import Distilled
 from vitrail.engine.methods.dino import DINOConfig
 from vitrail.engine.methods.esvit import EsViTConfig, encode_regions
 from vitrail.engine.methods.schedules import warmed_temperature
+from vitrail.engine.models.block import DropPath
 from vitrail.engine.models.heads import DINOHead
 from vitrail.engine.models.positions import resize_positions
 from vitrail.engine.models.resnet import ResNetConfig
 from vitrail.engine.models.swin import SwinConfig
-from vitrail.engine.models.vit import DropPath, ViTConfig, dino_vit, vit_tiny
+from vitrail.engine.models.vit import ViTConfig, dino_vit, vit_tiny
 from vitrail.engine.train.param_groups import releases
 from vitrail.kernels import region_match_crops
 

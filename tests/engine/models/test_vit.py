@@ -6,13 +6,11 @@ import torch.nn.functional as F
 
 from vitrail.engine.models import attention
 from vitrail.engine.models.attention import Attention, attend, attention_backend
+from vitrail.engine.models.block import Block, DropPath, take_rows
 from vitrail.engine.models.positions import sincos_positions
 from vitrail.engine.models.vit import (
-    Block,
-    DropPath,
     VisionTransformer,
     ViTConfig,
-    take_rows,
     vit_base,
     vit_small,
     vit_tiny,
