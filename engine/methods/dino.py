@@ -20,7 +20,7 @@ from ..data.chains import dino_views
 from ..data.views import View
 from ..models.backbone import BackboneConfig
 from ..models.block import DropPath
-from ..models.heads import DINOHead, head_flops
+from ..models.heads import DINOHead, Prototypes, head_flops
 from ..models.multi_crop import group_views
 from ..models.vit import ViTConfig, dino_vit, vit_small
 from .base import DemoRun, Method, MethodConfig, MomentumPair, Schedule
@@ -87,6 +87,17 @@ class DINOConfig(MethodConfig):
         """Construct student and teacher, equal at the start."""
         return DINO(self)
 
+    def build_head(self, name: str) -> DINOHead:
+        """One of the student's heads, which the teacher's copies."""
+        return DINOHead(
+            self.encoder.feature_width,
+            self.prototypes,
+            hidden=self.hidden,
+            bottleneck=self.bottleneck,
+            batch_norm=self.head_batch_norm,
+            trained_length=not self.norm_last_layer,
+        )
+
     def shrunk(self) -> dict[str, Any]:
         """Fields of a demo: a small encoder and few prototypes; digits are neither mirrored nor cut to pieces."""
         # A network this small groups images by their light and does not come to shapes: each gets the same light.
@@ -136,19 +147,7 @@ class DINO(Method):
         self.config = config
         self.student = config.encoder.build()
         self.teacher = still(self.student)
-        self.student_heads = nn.ModuleDict(
-            {
-                name: DINOHead(
-                    config.encoder.feature_width,
-                    config.prototypes,
-                    hidden=config.hidden,
-                    bottleneck=config.bottleneck,
-                    batch_norm=config.head_batch_norm,
-                    trained_length=not config.norm_last_layer,
-                )
-                for name in config.heads
-            }
-        )
+        self.student_heads = nn.ModuleDict({name: config.build_head(name) for name in config.heads})
         self.teacher_heads = still(self.student_heads)
         self.centers = Centers(len(config.heads), config.prototypes, config.center_momentum)
         if config.pack_crops and not hasattr(self.student, "forward_packed"):
@@ -237,7 +236,8 @@ class DINO(Method):
 
     def held(self) -> list[tuple[float, Sequence[nn.Parameter]]]:
         """The student's prototypes in the first epochs: gradients of that time only make training unstable."""
-        prototypes = [p for head in self.student_heads.values() for p in head.get_submodule("last_layer").parameters()]
+        layers = [module for module in self.student_heads.modules() if isinstance(module, Prototypes)]
+        prototypes = [p for layer in layers for p in layer.parameters()]
         return [(self.config.freeze_last_layer, prototypes)]
 
     def first_layer(self) -> list[nn.Parameter]:

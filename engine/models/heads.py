@@ -85,11 +85,13 @@ class DINOHead(nn.Module):
     """The head of DINO, EsViT and iBOT: three linear layers with GELU, unit length, prototypes.
 
     State-dict keys are those of the released checkpoints: `mlp.{0,2,4}` (`mlp.{0,3,6}` with batch normalisation),
-    `last_layer.weight_g`, `last_layer.weight_v`.
+    `last_layer.weight_g`, `last_layer.weight_v`, and `last_layer2` likewise where patches have prototypes of their own.
+    iBOT's released code has both names also where they are one layer; here that is `last_layer` alone.
 
     Args:
         width: of the input.
         prototypes: number K of prototypes.
+        patch_prototypes: number of the patches' own; None: they share those of views.
         hidden: width of the hidden layers.
         bottleneck: width d of the vector that prototypes are multiplied with.
         batch_norm: whether batch normalisation follows the hidden layers.
@@ -101,6 +103,7 @@ class DINOHead(nn.Module):
         width: int,
         prototypes: int = 65_536,
         *,
+        patch_prototypes: int | None = None,
         hidden: int = 2048,
         bottleneck: int = 256,
         batch_norm: bool = False,
@@ -113,11 +116,17 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
         truncated_init_(self.mlp)
         self.last_layer = Prototypes(prototypes, bottleneck, trained_length=trained_length)
+        self.last_layer2 = (
+            None
+            if patch_prototypes is None
+            else Prototypes(patch_prototypes, bottleneck, trained_length=trained_length)
+        )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N, width]` to unit vectors `[N, d]`, float32 at least, and the prototypes `[K, d]`."""
+    def forward(self, x: Tensor, patches: bool = False) -> tuple[Tensor, Tensor]:
+        """`[N, width]` to unit vectors `[N, d]`, float32 at least, and prototypes `[K, d]`: of views, or of patches."""
         x = self.mlp(x)
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1), self.last_layer()
+        layer = self.last_layer2 if patches and self.last_layer2 is not None else self.last_layer
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1), layer()
 
 
 def head_flops(head: nn.Module) -> float:
