@@ -162,6 +162,10 @@ class Method(nn.Module, ABC):
         """
         return []
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters that the published code does not decay although they are no vectors, such as a class token."""
+        return []
+
     def first_layer(self) -> list[nn.Parameter]:
         """Trained parameters of the layer next to the pixels, where instability shows first (arXiv 2104.02057, 4.1).
 

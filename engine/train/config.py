@@ -36,10 +36,16 @@ class OptimConfig:
     """Peak learning rate itself; replaces base_lr * batch / 256."""
     min_lr: float = 0.0
     """Learning rate that the cosine ends at."""
-    schedule: Literal["mae", "dino"] = "mae"
-    """Whose schedule of the learning rate; DINO's, of steps, reaches the peak a step earlier and keeps it for two."""
+    schedule: Literal["mae", "dino", "step"] = "mae"
+    """Whose cosine; DINO's, of steps, reaches the peak a step earlier and keeps it for two. step: see milestones."""
+    milestones: tuple[float, ...] = ()
+    """Epochs at which the schedule "step" multiplies the learning rate, which else stays at its peak,"""
+    factor: float = 0.1
+    """by this factor."""
     warmup_epochs: float = 40
-    """Epochs of linear warm-up from exactly zero."""
+    """Epochs of linear warm-up."""
+    warmup_lr: float = 0.0
+    """Learning rate that the warm-up begins with."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the moments of AdamW and LAMB."""
     eps: float = 1e-8

@@ -17,11 +17,13 @@ def shrink(config: RunConfig) -> RunConfig:
     batch, a learning rate and a warm-up of its own.
     """
     run = config.method.demo_run()
+    milestones = tuple(epoch / config.train.epochs * run.epochs for epoch in config.optim.milestones)
+    optim = replace(config.optim, milestones=milestones, warmup_lr=0.0)
     return replace(
         config,
         method=config.method.demo(),
         data=replace(config.data, source="demo"),
-        optim=replace(config.optim, lr=run.lr, warmup_epochs=run.warmup_epochs, weight_decay=run.weight_decay),
+        optim=replace(optim, lr=run.lr, warmup_epochs=run.warmup_epochs, weight_decay=run.weight_decay),
         train=replace(
             config.train,
             epochs=run.epochs,

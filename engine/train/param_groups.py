@@ -20,8 +20,8 @@ def parameter_groups(method: Method, config: RunConfig) -> list[dict[str, Any]]:
     """Split the trained parameters as `optim.decay` and the method say, each group in module order.
 
     With "matrices", vectors and biases are not decayed, as in the official MAE code; everything else is, class and mask
-    tokens (three-dimensional) included. With "all" nothing is spared, as in the official code of MoCo v2, SimSiam and
-    MoCo v3's transformers.
+    tokens (three-dimensional) included, but for what `method.undecayed()` names. With "all" nothing is spared, as in
+    the official code of MoCo v2, SimSiam and MoCo v3's transformers.
 
     Returns:
         `[no decay, decay]` of what follows the learning rate's schedule, then of `method.unscheduled()`, and the same
@@ -32,11 +32,12 @@ def parameter_groups(method: Method, config: RunConfig) -> list[dict[str, Any]]:
         ValueError: nothing is trained.
     """
     fixed = {parameter for network in method.unscheduled() for parameter in network.parameters()}
-    held = releases(method)
+    held, spared = releases(method), set(method.undecayed())
     split: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
-            decayed = config.optim.decay == "all" or not (parameter.dim() == 1 or name.endswith(".bias"))
+            vector = parameter.dim() == 1 or name.endswith(".bias")
+            decayed = config.optim.decay == "all" or not (vector or parameter in spared)
             split.setdefault((held.get(parameter, 0.0), parameter in fixed, decayed), []).append(parameter)
     if not split:
         raise ValueError("the method has no trainable parameter")

@@ -35,6 +35,17 @@ def test_matrices_are_decayed_as_in_the_official_code(tmp_path):
     assert {"encoder.cls_token", "decoder.mask_token", "encoder.patch_embed.proj.weight"} <= set(in_decay)
 
 
+def test_what_a_method_does_not_decay_is_spared_with_the_vectors(tmp_path):
+    config = training.tiny_config(tmp_path)
+    method = MAE(config.method)
+    method.undecayed = lambda: [method.encoder.cls_token, method.encoder.norm.weight]
+    kept, decayed = names_of(method, parameter_groups(method, config))
+    assert {"encoder.cls_token", "encoder.norm.weight"} <= set(kept)
+    assert "decoder.mask_token" in decayed
+    everything = replace(config, optim=replace(config.optim, decay="all"))
+    assert len(parameter_groups(method, everything)) == 1
+
+
 def test_all_spares_nothing(tmp_path):
     config = replace(training.tiny_config(tmp_path), optim=OptimConfig(weight_decay=0.1, decay="all"))
     method = MAE(config.method)

@@ -6,6 +6,7 @@ import pytest
 import training
 
 from vitrail.engine.train import OptimConfig
+from vitrail.engine.train.demo import shrink
 from vitrail.engine.train.schedules import learning_rate, weight_decay
 
 STEPS_PER_EPOCH, EPOCHS = 1251, 100
@@ -53,6 +54,36 @@ def test_maes_learning_rate_reaches_the_peak_with_the_warmup(tmp_path):
     assert rates[0] == 0.0
     assert rates[1] == pytest.approx(2e-3 * 12509 / 12510, rel=1e-12)
     assert rates[2] == 2e-3 > rates[3]
+
+
+SIMMIM = OptimConfig(schedule="step", lr=4e-4, warmup_epochs=10, warmup_lr=2e-6, milestones=(90, 70))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [(0, 2e-6), (2, 8.16e-5), (10, 4e-4), (69.999, 4e-4), (70, 4e-5), (89.999, 4e-5), (90, 4e-6), (99.999, 4e-6)],
+)
+def test_a_learning_rate_in_steps(tmp_path, epoch, expected):
+    """The warm-up by hand; at the very milestone the next value holds."""
+    assert rate(tmp_path, SIMMIM, round(epoch * STEPS_PER_EPOCH)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_factor_is_that_of_the_configuration(tmp_path):
+    assert rate(tmp_path, replace(SIMMIM, factor=0.5), TOTAL - 1) == pytest.approx(1e-4)
+    assert rate(tmp_path, replace(SIMMIM, milestones=()), TOTAL - 1) == 4e-4
+
+
+@pytest.mark.parametrize(("schedule", "step", "share"), [("mae", 1251, 0.1), ("dino", 12509, 1.0), ("dino", 0, 0.0)])
+def test_every_warmup_may_begin_above_zero(tmp_path, schedule, step, share):
+    optim = replace(DINO, schedule=schedule, warmup_lr=1e-4)
+    assert rate(tmp_path, optim, step) == pytest.approx(1e-4 + share * 1.9e-3, rel=1e-12)
+
+
+def test_a_demo_has_its_milestones_where_the_recipe_has_them(tmp_path):
+    config = replace(training.tiny_config(tmp_path, epochs=EPOCHS), optim=SIMMIM)
+    small = shrink(config)
+    assert small.optim.milestones == pytest.approx([0.9 * small.train.epochs, 0.7 * small.train.epochs])
+    assert small.optim.warmup_lr == 0.0 < small.peak_lr
 
 
 @pytest.mark.parametrize(("warmup_epochs", "first"), [(0.0, 2e-3), (1 / STEPS_PER_EPOCH, 0.0)])
