@@ -98,6 +98,19 @@ class DINOConfig(MethodConfig):
             trained_length=not self.norm_last_layer,
         )
 
+    def chain(self) -> dict[str, Any]:
+        """What `vitrail.engine.data.chains.dino_views` takes."""
+        return {
+            "size": self.encoder.size,
+            "local_size": self.local_size,
+            "locals": self.local_crops,
+            "scale": self.global_scale,
+            "local_scale": self.local_scale,
+            "flip": self.flip,
+            "sigma": self.blur_sigma,
+            "jitter": self.jitter,
+        }
+
     def shrunk(self) -> dict[str, Any]:
         """Fields of a demo: a small encoder and few prototypes; digits are neither mirrored nor cut to pieces."""
         # A network this small groups images by their light and does not come to shapes: each gets the same light.
@@ -158,17 +171,7 @@ class DINO(Method):
 
     def views(self) -> list[View]:
         """Two large crops and the small ones, from one decoded image."""
-        config = self.config
-        return dino_views(
-            config.encoder.size,
-            config.local_size,
-            locals=config.local_crops,
-            scale=config.global_scale,
-            local_scale=config.local_scale,
-            flip=config.flip,
-            sigma=config.blur_sigma,
-            jitter=config.jitter,
-        )
+        return dino_views(**self.config.chain())
 
     def forward(self, batch: Any, schedule: Schedule) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of every crop of the student's with the teacher's view of each large crop but the same."""
@@ -188,6 +191,20 @@ class DINO(Method):
             return packed
         return torch.cat([network.forward_features(images) for images in groups])
 
+    def encode_masked(self, crops: list[Tensor], masks: Tensor) -> tuple[Tensor, Tensor]:
+        """What the student makes of all crops, hidden patches of the large ones replaced by the mask token.
+
+        Returns:
+            Vectors of all images, crop by crop, `[V n, D]`, and the patches of the large crops, `[2 n, T, D]`.
+        """
+        groups = group_views(crops[:GLOBAL_CROPS]) + group_views(crops[GLOBAL_CROPS:])
+        (large, _), *small = groups
+        if self.config.pack_crops and small:
+            tokens = self.student([images for images, _ in groups], None, False, [masks, *(None for _ in small)])
+            return torch.cat([group[:, 0] for group in tokens]), tokens[0][:, self.student.num_prefix :]
+        views, patches = self.student.forward_regions(large, masks)
+        return torch.cat([views, *(self.student.forward_features(images) for images, _ in small)]), patches
+
     def view_loss(self, student: Distilled, teacher: Distilled, *, crops: int, epoch: float) -> Tensor:
         """Mean over the pairs of a large crop and another crop, and over images; each student row is visited once.
 
@@ -206,17 +223,40 @@ class DINO(Method):
     ) -> Tensor:
         """The loss of some pairs of rows under the temperatures of the epoch and a head's centre."""
         config = self.config
+        temperature = warmed_temperature(
+            epoch, config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
+        )
+        return self.distil(student, teacher, temperature, self.centers.value[head], match=match, weight=weight)
+
+    def distil(
+        self,
+        student: Distilled,
+        teacher: Distilled,
+        temperature: float,
+        center: Tensor,
+        *,
+        match: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of pairs of rows: their mean, or with weights their weighted sum.
+
+        Args:
+            student: rows `[R, d]`.
+            teacher: rows `[Q, d]`.
+            temperature: of the teacher's softmax.
+            center: what its logits are reduced by, `[K]`.
+            match: rows of the teacher for each of the student's, as `prototype_cross_entropy` takes them.
+            weight: factor of each of the student's rows, `[R]`.
+        """
         return prototype_cross_entropy(
             *student,
             *teacher,
-            student_temp=config.student_temp,
-            teacher_temp=warmed_temperature(
-                epoch, config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
-            ),
-            center=self.centers.value[head],
+            student_temp=self.config.student_temp,
+            teacher_temp=temperature,
+            center=center,
             match=match,
             weight=weight,
-            normalized=config.norm_last_layer,
+            normalized=self.config.norm_last_layer,
         )
 
     def after_step(self, applied: bool) -> None:

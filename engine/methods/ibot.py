@@ -12,8 +12,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.kernels import prototype_cross_entropy
-
 from ..models.backbone import BackboneConfig
 from ..models.heads import DINOHead, head_flops
 from ..models.multi_crop import group_views
@@ -160,7 +158,7 @@ class IBOT(DINO):
             everywhere.zero_()
         mine = everywhere.view(-1, GLOBAL_CROPS)[schedule.first_row : schedule.first_row + images]
         counts = mine.T.flatten()
-        masks = self.place(_moved(counts, device), images, schedule)
+        masks = self.place(moved(counts, device), images, schedule)
         # At least one place: a rank that hides nothing must not leave out what others send gradients of.
         rows, weight = masked_rows(masks, max(1, int(counts.sum())))
         share = float((everywhere > 0).float().mean()) if config.mean_over_masked else 1.0
@@ -176,20 +174,6 @@ class IBOT(DINO):
             return block_masks(noise, self.grid, counts, least_area=(min(self.grid) // 3) ** 2)
         return noise.argsort(dim=1).argsort(dim=1) < counts[:, None]
 
-    def encode_masked(self, crops: list[Tensor], masks: Tensor) -> tuple[Tensor, Tensor]:
-        """What the student makes of all crops, hidden patches of the large ones replaced by the mask token.
-
-        Returns:
-            Vectors of all images, crop by crop, `[V n, D]`, and the patches of the large crops, `[2 n, T, D]`.
-        """
-        groups = group_views(crops[:GLOBAL_CROPS]) + group_views(crops[GLOBAL_CROPS:])
-        (large, _), *small = groups
-        if self.config.pack_crops and small:
-            tokens = self.student([images for images, _ in groups], None, False, [masks, *(None for _ in small)])
-            return torch.cat([group[:, 0] for group in tokens]), tokens[0][:, self.student.num_prefix :]
-        views, patches = self.student.forward_regions(large, masks)
-        return torch.cat([views, *(self.student.forward_features(images) for images, _ in small)]), patches
-
     def patch_loss(self, student: Distilled, teacher: Distilled, weight: Tensor, *, epoch: float) -> Tensor:
         """Weighted sum of the cross-entropies of the student's hidden patches with the teacher's seen ones.
 
@@ -200,17 +184,10 @@ class IBOT(DINO):
             epoch: epochs done, which decide the teacher's temperature.
         """
         config = self.config
-        return prototype_cross_entropy(
-            *student,
-            *teacher,
-            student_temp=config.student_temp,
-            teacher_temp=warmed_temperature(
-                epoch, config.warmup_patch_teacher_temp, config.patch_teacher_temp, config.warmup_teacher_temp_epochs
-            ),
-            center=self.patch_centers.value[0],
-            weight=weight,
-            normalized=config.norm_last_layer,
+        temperature = warmed_temperature(
+            epoch, config.warmup_patch_teacher_temp, config.patch_teacher_temp, config.warmup_teacher_temp_epochs
         )
+        return self.distil(student, teacher, temperature, self.patch_centers.value[0], weight=weight)
 
     def after_step(self, applied: bool) -> None:
         """Move both centres, which the losses use from the next step on."""
@@ -242,6 +219,6 @@ class IBOT(DINO):
         return images * (3 * student + teacher)
 
 
-def _moved(values: Tensor, device: torch.device) -> Tensor:
+def moved(values: Tensor, device: torch.device) -> Tensor:
     """A copy of host memory on the device, which the host does not wait for."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
