@@ -155,11 +155,13 @@ def dino_views(
     flip: float = 0.5,
     sigma: tuple[float, float] = (0.1, 2.0),
     jitter: Jitter = (0.4, 0.4, 0.2, 0.1),
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
+    window: int | None = None,
 ) -> list[View]:
     """DINO's crops (arXiv 2104.14294 and its released code), which are EsViT's too: two large, several small ones.
 
     Colours are BYOL's. The longest of DINO's published runs crop (0.25, 1) and (0.05, 0.25) of the image, with ten
-    small crops.
+    small crops. iBOT's and DINOv2's are the same in all but numbers.
 
     Args:
         size: As above, of the two global crops: 224 as published.
@@ -170,6 +172,8 @@ def dino_views(
         flip: As above.
         sigma: As above; in pixels of the crop, small or large.
         jitter: As above.
+        blur: Probabilities of a blur in the first global crop, in the second and in the local ones.
+        window: Taps of the blur's kernel, 9 in DINOv2; None for as many as it needs.
 
     Returns:
         The views "global 1", always blurred, "global 2", seldom blurred and sometimes solarised, and "local 1" and so
@@ -182,13 +186,14 @@ def dino_views(
             HorizontalFlip(p=flip),
             _colours(jitter),
             RandomGrayscale(p=_GREY),
-            GaussianBlur(p=blur, sigma=sigma),
+            GaussianBlur(p=blur, sigma=sigma, window=window),
             Solarize(p=solarize),
         )
 
-    local = chain(local_size, local_scale, 0.5, 0.0)
+    first, second, other = blur
+    local = chain(local_size, local_scale, other, 0.0)
     return [
-        _view("global 1", chain(size, scale, 1.0, 0.0)),
-        _view("global 2", chain(size, scale, 0.1, 0.2)),
+        _view("global 1", chain(size, scale, first, 0.0)),
+        _view("global 2", chain(size, scale, second, 0.2)),
         *(_view(f"local {number + 1}", local) for number in range(locals)),
     ]

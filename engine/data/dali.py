@@ -204,8 +204,9 @@ def _(op: RandomGrayscale, images: Node, params: Node) -> Node:
 
 @lower.register
 def _(op: GaussianBlur, images: Node, params: Node) -> Node:
-    sigma = params[0]
-    return _where(sigma > 0, lambda images, sigma: fn.gaussian_blur(images, sigma=sigma), images, sigma)
+    sigma, window = params[0], op.window or 0  # 0: as many taps as it needs
+    blur = partial(fn.gaussian_blur, window_size=window)
+    return _where(sigma > 0, lambda images, sigma: blur(images, sigma=sigma), images, sigma)
 
 
 @lower.register

@@ -128,7 +128,24 @@ def _(op: RandomGrayscale, image: Image.Image, params: Params) -> Image.Image:
 
 @apply.register
 def _(op: GaussianBlur, image: Image.Image, params: Params) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(float(params[0]))) if params[0] else image
+    sigma = float(params[0])
+    if not sigma:
+        return image
+    return _convolved(image, sigma, op.window) if op.window else image.filter(ImageFilter.GaussianBlur(sigma))
+
+
+def _convolved(image: Image.Image, sigma: float, window: int) -> Image.Image:
+    """Blur with a sampled Gaussian of `window` taps, the image mirrored at its edge, as torchvision does."""
+    reach = window // 2
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    taps /= taps.sum()
+    pixels = np.asarray(image, np.float32)
+    for axis in (0, 1):
+        length = pixels.shape[axis]
+        wide = np.pad(pixels, [(reach, reach) if axis == other else (0, 0) for other in range(3)], mode="reflect")
+        shifted = (wide.take(range(tap, tap + length), axis) for tap in range(window))
+        pixels = sum((part * np.float32(tap) for part, tap in zip(shifted, taps, strict=True)), np.float32(0))
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 @apply.register

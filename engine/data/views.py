@@ -169,6 +169,8 @@ class GaussianBlur:
     """Probability."""
     sigma: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest standard deviation in pixels of the view, drawn uniformly."""
+    window: int | None = None
+    """Taps of the kernel in each direction, odd, outside which it is cut off; None: as many as it needs."""
 
     def draw(self, rng: np.random.Generator, size: ImageSize) -> Params:
         """Draw the standard deviation in pixels, 0 for no blur."""

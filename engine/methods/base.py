@@ -154,6 +154,14 @@ class Method(nn.Module, ABC):
         """Networks whose learning rate stays at its peak, such as SimSiam's predictor; none unless a method says so."""
         return []
 
+    def lr_scales(self) -> list[tuple[float, Sequence[nn.Parameter]]]:
+        """Factors of the learning rate with the parameters that they are for; all others follow the schedule itself."""
+        return []
+
+    def clip_groups(self) -> list[Sequence[nn.Parameter]]:
+        """Parts whose gradients `optim.clip_per_part` clips each by a norm of its own; what is in none is one more."""
+        return []
+
     def held(self) -> list[tuple[float, Sequence[nn.Parameter]]]:
         """Parameters that stay as they are in the first epochs, with the epoch of their release; none as a rule.
 

@@ -28,3 +28,21 @@ def warmed_temperature(epoch: float, start: float, end: float, warmup: int) -> f
     if done >= warmup:
         return end
     return start + (end - start) * done / max(warmup - 1, 1)
+
+
+def warmed_temperature_by_step(step: int, epoch: float, start: float, end: float, warmup: float) -> float:
+    """Temperature of DINOv2's teacher: a straight line over the steps of `warmup` epochs, both ends included.
+
+    Args:
+        step: steps done.
+        epoch: epochs done, fractional.
+        start: temperature of the first step.
+        end: temperature of the last step of the warm-up and of all that follow.
+        warmup: epochs of the warm-up; 0 for none.
+    """
+    if epoch >= warmup:
+        return end
+    if step == 0:
+        return start
+    steps = warmup * step / epoch
+    return start + (end - start) * min(step / max(steps - 1, 1), 1.0)

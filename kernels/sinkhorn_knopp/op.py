@@ -15,6 +15,8 @@ from ..registry import Op, check_impl, register
 from ..softmax_row_pass.op import OP as ROW_PASS
 from ..softmax_row_pass.op import row_pass
 
+ABSENT = -1e30  # the log-scale of a row that does not count: finite, as a batch may hold no other
+
 
 def _check(name: str, rows: torch.Tensor, temperature: float, iterations: int, group: dist.ProcessGroup | None) -> None:
     """Raises unless the arguments that both forms share are in order."""
@@ -158,6 +160,7 @@ def sinkhorn_center(
     iterations: int = 3,
     *,
     group: dist.ProcessGroup | None = None,
+    valid: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Sinkhorn-Knopp from features: the centre with which a softmax yields the balanced probabilities.
@@ -173,6 +176,8 @@ def sinkhorn_center(
         temperature: Divisor of the logits, finite and positive.
         iterations: Number of alternations.
         group: Process group over whose rows the prototypes are balanced; None for this process alone.
+        valid: [B] bool, the rows that count: others, which fill up a buffer of fixed length, change nothing. None
+            counts all.
         impl: `auto`, `triton` or `reference`.
 
     Returns:
@@ -187,14 +192,24 @@ def sinkhorn_center(
     check_impl(impl)
     features, weight = _check_center(features, prototypes, temperature, iterations, group)
     scale = as_scale(1 / temperature, features)
+    padding = None
+    if valid is not None:
+        checks.check_shape("valid", valid, (features.shape[0],))
+        checks.check_same_device(features=features, valid=valid)
+        padding = torch.where(valid, 0.0, ABSENT).to(compute_dtype(features))
 
     def lse(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         result: torch.Tensor = row_pass(queries, keys, None, bias, scale, [], False, False, impl)[0]
         return result
 
+    def of_columns(rows: torch.Tensor | None) -> torch.Tensor:
+        if padding is not None:
+            rows = padding if rows is None else rows + padding
+        return lse(weight, features, rows)
+
     columns = _alternate(
         lambda columns: lse(features, weight, columns),
-        lambda rows: lse(weight, features, rows),
+        of_columns,
         iterations,
         group,
     )
