@@ -59,6 +59,7 @@ PEERS = {
     "plain PyTorch": Peer(),
     "torch foreach": Peer(),
     "torch loop": Peer(),
+    "one by one": Peer(),
     "torch mul_ add_": Peer(),
     "torch fused + foreach": Peer(),
     "linear_cross_entropy": Peer(device=_no_linear_cross_entropy),
