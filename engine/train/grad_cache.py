@@ -45,14 +45,16 @@ def check_comparisons(method: Method, config: RunConfig, world: int) -> str | No
     if train.grad_cache:
         _check_cachable(method, name)
     accumulation, seen = config.accumulation(world), compared_images(config, world)
-    if train.grad_cache or accumulation == 1 or not isinstance(method, JointEmbedding):
+    compares = method.compares_images or isinstance(method, JointEmbedding)
+    if train.grad_cache or accumulation == 1 or not compares:
         return None
     told = (
         f"{accumulation} micro-batches are accumulated: {name} sees {seen} images at a time, not {train.batch_size}, "
         "in its batch statistics" + (" and its negatives" if method.compares_images else "")
     )
     if method.compares_images and train.accumulation is None:
-        caching = "" if _has_batch_norm(method) else "--train.grad-cache, or "
+        cachable = isinstance(method, JointEmbedding) and not _has_batch_norm(method)
+        caching = "--train.grad-cache, or " if cachable else ""
         raise ConfigError(
             f"{told}; pass {caching}--train.micro-batch {train.batch_size // world} if memory allows, or take more "
             f"GPUs, or --train.accumulation {accumulation} to accept it"
