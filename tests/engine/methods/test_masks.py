@@ -174,6 +174,13 @@ def test_no_tokens_wanted_none_masked():
     assert torch.equal(counts, before)
 
 
+def test_an_image_without_a_place_for_a_block_is_done_at_once(monkeypatch):
+    looks, look = [], masks._unfinished
+    monkeypatch.setattr(masks, "_unfinished", lambda missing: (looks.append(len(missing)), look(missing))[1])
+    assert not block_masks(draw(BEIT, 3)[0], (1, 1), torch.ones(3), least_area=1).any()
+    assert len(looks) == 2
+
+
 @pytest.mark.parametrize(("grid", "scale", "cells", "tokens"), [((14, 14), 2, 49, 120), ((48, 48), 8, 36, 22 * 64)])
 def test_simmim_masks_whole_cells_and_always_as_many(grid, scale, cells, tokens):
     assert coarse_columns(grid, scale) == cells
@@ -229,6 +236,10 @@ def test_dinov2_draws_one_crop_from_each_part_of_the_range(crops, masked):
     pairs, same = dinov2_counts(order.view(-1, 1), noise.view(-1, 1), 196)
     assert torch.equal(pairs, counts.view(-1, 1))
     assert same == bound
+
+
+def test_ranks_are_places_in_ascending_order():
+    assert ranks(torch.tensor([[0.5, 0.1, 0.7], [0.9, 0.2, 0.6]])).tolist() == [[2, 0, 4], [5, 1, 3]]
 
 
 def test_dinov2_share_and_ratios():
