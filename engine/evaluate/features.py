@@ -33,7 +33,7 @@ def evaluation_view(size: tuple[int, int]) -> View:
 def evaluation_mode(module: nn.Module, precision: str = "bf16") -> Iterator[None]:
     """Run the body without gradients, without stochastic depth, and under autocast where `precision` is "bf16"."""
     was_training = module.training
-    device = next(module.buffers()).device
+    device = next(module.parameters()).device
     module.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -84,7 +84,7 @@ class OnlineKNN:
     def __call__(self, method: Method) -> dict[str, float]:
         """Return `{"knn": accuracy, 0 to 1, "rankme": effective rank of the bank}`."""
         view = evaluation_view(method.views()[0].size)
-        device = next(method.buffers()).device
+        device = next(method.parameters()).device
         with evaluation_mode(method, self.precision):
             bank, queries = (
                 extract(

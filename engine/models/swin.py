@@ -265,6 +265,8 @@ class SwinTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(self.width, eps=config.norm_eps)
         (truncated_init_ if config.init == "swin" else xavier_init_)(self)
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(
         self, images: Tensor, regions: bool = False, masked: Tensor | None = None
