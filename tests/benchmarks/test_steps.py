@@ -146,7 +146,7 @@ def test_both_implementations_compute_the_same_first_loss():
 @pytest.mark.parametrize(("family", "peer"), [("moco_v3", "plain PyTorch"), ("simclr", "lightly")])
 class TestJointSteps:
     def test_implementations_train_alike(self, family, peer, monkeypatch):
-        """Losses of four steps in float32: the same views, models, losses, optimisers and teachers."""
+        """Losses of three steps in float32: the same views, models, losses, optimisers and teachers."""
         exact = partial(torch.autocast, enabled=False)
         monkeypatch.setattr(torch, "autocast", exact)
         losses, flops = {}, set()
@@ -154,12 +154,12 @@ class TestJointSteps:
             settings = {"model": "small", "batch": 8, "image_size": 32, "depth": 2}
             work = steps.child().Work(family=family, implementation=name, **settings)
             step, operations = steps.child().FAMILIES[family].prepare(work, CPU)
-            losses[name] = [step().item() for _ in range(4)]
+            losses[name] = [step().item() for _ in range(3)]
             flops.add(operations)
         assert losses[peer] == pytest.approx(losses["vitrail"], rel=1e-4)
         assert losses[f"{peer}, explicit attention"] == pytest.approx(losses["vitrail"], rel=1e-4)
         assert losses["vitrail checkpointed"] == pytest.approx(losses["vitrail"], rel=1e-6)
-        assert losses["vitrail"][3] < losses["vitrail"][0]
+        assert losses["vitrail"][2] < losses["vitrail"][0]
         assert len(flops) == 1
 
     def test_dry_runs_agree(self, family, peer):
@@ -195,15 +195,16 @@ class TestCropSteps:
         crop_steps = steps.child().FAMILIES[family]
         monkeypatch.setattr(crop_steps, "CLIP", 0.02)  # some gradients are longer, others are not
         losses, flops = {}, set()
-        for name in ("vitrail", "vitrail checkpointed", PEER, f"{PEER}, explicit attention"):
+        checkpointed = ["vitrail checkpointed"] if family == "dino" else []
+        for name in ("vitrail", *checkpointed, PEER, f"{PEER}, explicit attention"):
             sizes = {"batch": 2, "image_size": 64, "local_size": 32, "depth": 2, "prototypes": 512}
             work = steps.child().Work(family=family, implementation=name, model="tiny", **sizes)
             step, operations = crop_steps.prepare(work, CPU)
-            losses[name] = [step().item() for _ in range(3)]
+            losses[name] = [step().item() for _ in range(2)]
             flops.add(operations)
         for others in losses.values():
             assert others == pytest.approx(losses["vitrail"], rel=2e-6)
-        assert losses["vitrail"][2] < losses["vitrail"][0]
+        assert losses["vitrail"][1] < losses["vitrail"][0]
         assert len(flops) == 1
 
     def test_dry_runs_agree(self, family):
