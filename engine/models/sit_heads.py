@@ -81,5 +81,5 @@ class ReconstructionHead(nn.Module):
     @property
     def flops(self) -> float:
         """Floating-point operations on one token, forward, two per multiply-accumulate."""
-        width, painted = self.convTrans.in_channels, self.convTrans.weight[0].numel()
-        return 2.0 * width * (3 * width + painted)
+        width, side = self.convTrans.in_channels, self.convTrans.kernel_size[0]
+        return 2.0 * width * (3 * width + 3 * side**2)

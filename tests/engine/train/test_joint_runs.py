@@ -4,7 +4,7 @@ import joint_runs
 import pytest
 import torch
 import training
-from joint_runs import CACHED, METHODS, POISON, STEPS
+from joint_runs import CACHED, METHODS, POISON, SIT, STEPS
 from safetensors.torch import load_file
 
 from vitrail.engine.methods.mae import MAEConfig
@@ -71,6 +71,13 @@ def test_crops_in_every_way(one, two, ranks, how, name):
     assert_same_run((one if ranks == 1 else two, f"{name} {how}"), (one, name))
 
 
+@pytest.mark.parametrize("how", SIT)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_corrupted_views_in_every_stage(one, two, ranks, how):
+    """Masks, the count of corrupted pixels, keys and batch statistics are those of the whole batch."""
+    assert_same_run((one if ranks == 1 else two, how), (one, "sit"))
+
+
 @pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_cached_gradients_are_those_of_the_whole_batch(one, two, ranks, name):
@@ -110,7 +117,12 @@ def test_both_passes_drop_the_same_blocks(one):
         assert len(set(first)) == 4
 
 
-STATE = {"moco_v3": {"running_mean", "num_batches_tracked"}, "moco_v2": {"queue"}, "esvit": {"centers"}}
+STATE = {
+    "moco_v3": {"running_mean", "num_batches_tracked"},
+    "moco_v2": {"queue"},
+    "esvit": {"centers"},
+    "sit": {"running_mean", "num_batches_tracked"},
+}
 
 
 @pytest.mark.parametrize("name", STATE)
