@@ -49,7 +49,7 @@ class DINOv2Config(DINOConfig):
     """Alternations of Sinkhorn-Knopp."""
     teacher_temp: float = 0.07
     """Temperature of the teacher's softmax after its warm-up, of views and of patches."""
-    warmup_teacher_temp_epochs: float = 30  # type: ignore[assignment] - steps count here, not whole epochs
+    warmup_teacher_temp_epochs: float = 30  # type: ignore[assignment]
     """Epochs from the one temperature to the other, in a straight line."""
     momentum: float = 0.992
     """Of the teacher at the start, rising to 1 along half a cosine."""
@@ -101,7 +101,10 @@ class DINOv2Config(DINOConfig):
 
     def demo(self) -> DINOv2Config:
         """A small network, few prototypes, two small crops of 16 pixels."""
-        return replace(self, **self.shrunk())
+        fields = self.shrunk() | {"head_batch_norm": False, "patch_bottleneck": 64}
+        if self.patch_prototypes is not None:
+            fields["patch_prototypes"] = 1024
+        return replace(self, **fields)
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
@@ -110,8 +113,6 @@ class DINOv2Config(DINOConfig):
 
 class DINOv2(DINO):
     """DINO on large crops of which the student does not see all; its class tokens keep away from each other."""
-
-    compares_images = True
 
     config: DINOv2Config
 
@@ -126,6 +127,7 @@ class DINOv2(DINO):
                 "which have no statistics in common; pass --method.no-head-batch-norm"
             )
         super().__init__(config)
+        self.compares_images = bool(config.koleo_weight) or config.centering == "sinkhorn"
         patches = config.patch_prototypes or config.prototypes
         centred = int(config.centering == "centering")
         self.centers = Centers(centred, config.prototypes, config.center_momentum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +32,11 @@ class OptimConfig:
     """Whose code steps the weights; auto: vitrail's in ZeRO stage 0, torch's in the others and for SGD."""
 
     base_lr: float = 1.5e-4
-    """Learning rate per 256 images of the global batch (linear scaling rule)."""
+    """Learning rate per 256 images of the global batch, or under "root" per 1,024."""
+    scaling: Literal["linear", "root"] = "linear"
+    """How it grows with the batch: base_lr * batch / 256, or base_lr * sqrt(batch / 1024) as in DINOv2."""
     lr: float | None = None
-    """Peak learning rate itself; replaces base_lr * batch / 256."""
+    """Peak learning rate itself; replaces base_lr and scaling."""
     min_lr: float = 0.0
     """Learning rate that the cosine ends at."""
     schedule: Literal["mae", "dino", "step"] = "mae"
@@ -66,6 +69,13 @@ class OptimConfig:
     """Limit of the gradient norm, 1 in the published LAMB; 0 means none."""
     clip_per_tensor: bool = False
     """Hold the norm of each parameter's gradient to the limit, as DINO's code does, not their common norm."""
+    clip_per_part: bool = False
+    """Hold the norm of each part that the method names to the limit, as DINOv2's code does backbone and heads."""
+
+    @property
+    def clips_pieces(self) -> bool:
+        """Whether the limit is for several norms, not for that of all gradients."""
+        return self.clip_per_tensor or self.clip_per_part
 
 
 @dataclass(kw_only=True)
@@ -180,7 +190,10 @@ class RunConfig:
     @property
     def peak_lr(self) -> float:
         """Learning rate at the end of the warm-up."""
-        return self.optim.base_lr * self.train.batch_size / 256 if self.optim.lr is None else self.optim.lr
+        optim, batch = self.optim, self.train.batch_size
+        if optim.lr is not None:
+            return optim.lr
+        return optim.base_lr * (batch / 256 if optim.scaling == "linear" else math.sqrt(batch / 1024))
 
     def accumulation(self, world: int) -> int:
         """Micro-batches per optimiser step on `world` ranks.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.kernels import multi_tensor_norm, multi_tensor_scale_
-from vitrail.kernels.multi_tensor_norm.clip import clip_scales
+from vitrail.kernels.multi_tensor_norm.clip import clip_scales, multi_tensor_clip_
 from vitrail.kernels.multi_tensor_norm.op import Norms
 from vitrail.kernels.optimizers import FusedOptimizer
 
@@ -19,8 +19,8 @@ from ..data.cache import available_threads
 from ..methods.base import Method
 from . import optimizers
 from .config import OptimConfig, RunConfig
-from .param_groups import SCHEDULED, parameter_groups
-from .shard_clipping import ShardClipping
+from .param_groups import PART, SCALE, SCHEDULED, parameter_groups
+from .shard_clipping import PartClipping, ShardClipping
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it had to guess
@@ -64,8 +64,8 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world),
         "zero_allow_untested_optimizer": optim.name == "sgd",  # elementwise, so right on flat shards
-        # guarded_step clips in stage 0, ShardClipping each parameter for itself in the others
-        "gradient_clipping": optim.clip if train.zero_stage and not optim.clip_per_tensor else 0.0,
+        # guarded_step clips in stage 0, ShardClipping each parameter and PartClipping each part in the others
+        "gradient_clipping": optim.clip if train.zero_stage and not optim.clips_pieces else 0.0,
         "steps_per_print": None,
         "zero_optimization": {
             "stage": train.zero_stage,
@@ -111,6 +111,8 @@ def initialise(
     engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=deepspeed_config(config, world))
     if config.optim.clip_per_tensor and config.train.zero_stage:
         ShardClipping(engine, config.optim.clip)
+    if config.optim.clip_per_part and config.train.zero_stage:
+        PartClipping(engine, config.optim.clip)
     return engine
 
 
@@ -119,20 +121,20 @@ def set_rates(engine: DeepSpeedEngine, lr: float, weight_decay: float | None = N
 
     Args:
         engine: what `initialise` returned.
-        lr: for every group that does not hold its own.
+        lr: for every group that does not hold its own, times the group's factor.
         weight_decay: for every group whose decay is scheduled; None where none is.
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = group.get("fixed_lr", lr)
+        group["lr"] = group.get("fixed_lr", lr) * group.get(SCALE, 1.0)
         if SCHEDULED in group:
             group["weight_decay"] = weight_decay
 
 
 def rates(engine: DeepSpeedEngine) -> dict[str, float]:
-    """Learning rate of the last step and, where it is scheduled, its weight decay."""
+    """Learning rate of the last step, without any factor, and where it is scheduled its weight decay."""
     groups = engine.optimizer.param_groups
     decay = next((group["weight_decay"] for group in groups if SCHEDULED in group), None)
-    return {"lr": groups[0]["lr"]} | ({} if decay is None else {"weight_decay": decay})
+    return {"lr": groups[0]["lr"] / groups[0].get(SCALE, 1.0)} | ({} if decay is None else {"weight_decay": decay})
 
 
 def stepping_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -212,7 +214,7 @@ def _step_whole(engine: DeepSpeedEngine, optim: OptimConfig, hold: Callable[[Nor
     optimizer = engine.optimizer
     own = isinstance(optimizer, FusedOptimizer)
     norms, held = None, False
-    if hold is not None or not own:
+    if hold is not None or not own or optim.clip_per_part:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = multi_tensor_norm(gradients)
         held = hold is not None and not bool(norms.found_inf) and hold(norms.total)
@@ -221,6 +223,8 @@ def _step_whole(engine: DeepSpeedEngine, optim: OptimConfig, hold: Callable[[Nor
             optimizer.found_inf = flag
         else:
             _guard(optimizer, optim, gradients, norms, flag)
+        if optim.clip_per_part:
+            _clip_parts(optimizer, optim.clip)
     engine.step()
     norms = norms or optimizer.norms
     return not held and not bool(norms.found_inf), norms.total
@@ -236,12 +240,21 @@ def _guard(
         told.found_inf = flag
     else:
         told.held_back = flag
-    if optim.clip:
+    if optim.clip and not optim.clip_per_part:
         scales = clip_scales(norms, optim.clip, per_tensor=optim.clip_per_tensor)
         if fused and not optim.clip_per_tensor:
             told.grad_scale = 1.0 / scales  # its kernel divides by one number for all gradients
         else:
             multi_tensor_scale_(gradients, scales)
+
+
+def _clip_parts(optimizer: torch.optim.Optimizer, limit: float) -> None:
+    """Hold the common norm of each part's gradients to the limit."""
+    parts: dict[int, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        parts.setdefault(group.get(PART, 0), []).extend(p.grad for p in group["params"] if p.grad is not None)
+    for gradients in parts.values():
+        multi_tensor_clip_(gradients, limit)
 
 
 def _step_sharded(engine: DeepSpeedEngine, _: OptimConfig, hold: Callable[[Norm], bool] | None) -> tuple[bool, Norm]:

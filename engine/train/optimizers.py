@@ -135,8 +135,11 @@ def _check_gradients(config: RunConfig) -> None:
             f"train.reduce_dtype {config.train.reduce_dtype} cannot run with train.zero_stage 0: there DeepSpeed keeps "
             "gradients in the parameters' fp32; pass --train.zero-stage 1, or --train.reduce-dtype fp32"
         )
-    if optim.clip_per_tensor and not optim.clip:
-        raise ConfigError("optim.clip_per_tensor without a limit does nothing: pass --optim.clip, 3.0 in DINO's code")
+    if optim.clip_per_tensor and optim.clip_per_part:
+        raise ConfigError("gradients are clipped by tensor or by part: pass --optim.no-clip-per-tensor or -part")
+    if optim.clips_pieces and not optim.clip:
+        name = "clip_per_tensor" if optim.clip_per_tensor else "clip_per_part"
+        raise ConfigError(f"optim.{name} without a limit does nothing: pass --optim.clip, 3.0 in DINO's code")
 
 
 def build(
@@ -201,7 +204,7 @@ def _build_vitrail(
     teachers: dict[torch.Tensor, torch.Tensor],
 ) -> torch.optim.Optimizer:
     guard: dict[str, Any] = {
-        "max_grad_norm": optim.clip or None,
+        "max_grad_norm": None if optim.clip_per_part else optim.clip or None,
         "clip_per_tensor": optim.clip_per_tensor,
         "skip_nonfinite": True,
     }

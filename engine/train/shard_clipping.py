@@ -1,4 +1,4 @@
-"""Clipping of each parameter's gradient to a norm of its own, on ZeRO's flat shards."""
+"""Clipping of each parameter's gradient, or of each part's, to a norm of its own, on ZeRO's flat shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from vitrail.kernels import multi_tensor_norm, multi_tensor_scale_
-from vitrail.kernels.multi_tensor_norm.clip import clip_scales
+from vitrail.kernels.multi_tensor_norm.clip import EPS, clip_scales
+
+from .param_groups import PART
 
 
 class Pieces(NamedTuple):
@@ -53,6 +55,50 @@ class ShardClipping:
         torch.distributed.all_reduce(squares)
         whole = norms._replace(norms=squares.sqrt().float())
         multi_tensor_scale_(parts, clip_scales(whole, self.limit, per_tensor=True)[pieces.owners])
+
+
+class PartClipping:
+    """Clips each part of `Method.clip_groups` by its own norm, in stages 1 to 3, where shards are stepped one by one.
+
+    Every shard belongs to one part. DeepSpeed has the norm of each shard's group over all ranks before it steps the
+    first: these are listened to, and each shard is scaled in place just before its step. Nothing is read on the host.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, limit: float) -> None:
+        """Watch the optimiser of an engine in stage 1, 2 or 3, whose own clipping is off."""
+        self.limit = limit
+        outer = engine.optimizer
+        groups = outer.optimizer.param_groups
+        if engine.zero_optimization_stage() == 3:
+            self.shards = outer.fp32_partitioned_groups_flat
+            of = [outer.sub_group_to_group_id[number] for number in range(len(self.shards))]
+        else:
+            self.shards = outer.single_partition_of_fp32_groups
+            of = list(range(len(self.shards)))
+        self.parts = [groups[number].get(PART, 0) for number in of]
+        self.numbers = {id(shard): number for number, shard in enumerate(self.shards)}
+        self.norms: list[Tensor] = []
+        self.plain = outer.get_grad_norm_direct
+        outer.get_grad_norm_direct = self._listen
+        outer.optimizer.register_step_pre_hook(self._clip)
+
+    def _listen(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The norm of a group, all of which DeepSpeed asks for in order at every step."""
+        if len(self.norms) == len(self.parts):
+            self.norms = []
+        norm: Tensor = self.plain(*args, **kwargs)
+        self.norms.append(norm)
+        return norm
+
+    @torch.no_grad()
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for shard in group["params"]:
+                if shard.grad is not None:
+                    part = self.parts[self.numbers[id(shard)]]
+                    norms = [norm for norm, other in zip(self.norms, self.parts, strict=True) if other == part]
+                    norm = torch.linalg.vector_norm(torch.stack(norms))
+                    shard.grad.mul_((self.limit / (norm + EPS)).clamp(max=1.0))
 
 
 def _pieces(optimizer: Any) -> Iterator[tuple[Tensor, Pieces]]:
