@@ -13,6 +13,7 @@ It is written under a temporary name, flushed to disk and renamed, so a folder w
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +26,8 @@ from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..models.positions import resize_positions
+from ..models.vit import VisionTransformer
 from .config import ConfigError, RunConfig, TrainingError
 from .optimizers import choose
 
@@ -195,8 +198,14 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path) -> list[str]:
     """Load `model.safetensors` of a checkpoint, or such a file itself, into a module with the same names.
+
+    Learned positions of another, square grid are stretched to the module's as its network stretches them for an image
+    of another size: at first it does what the saved one would do with such images.
+
+    Returns:
+        Names of the tables that were stretched.
 
     Raises:
         ConfigError: the file does not exist, or its names or shapes are not exactly the module's.
@@ -205,6 +214,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if not file.is_file():
         raise ConfigError(f"no weights at {file}: pass a checkpoint folder or a .safetensors file")
     found, wanted = load_file(file), module.state_dict()
+    stretched = _stretch_positions(module, found)
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     shapes = [f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}" for k in wanted.keys() & found.keys()
               if found[k].shape != wanted[k].shape]  # fmt: skip
@@ -214,6 +224,25 @@ def load_weights(module: nn.Module, path: Path) -> None:
             f"other shapes: {sorted(shapes) or 'none'}"
         )
     module.load_state_dict(found)
+    return stretched
+
+
+def _stretch_positions(module: nn.Module, found: dict[str, Tensor]) -> list[str]:
+    """Bring square tables of learned positions in `found` to the grids of the module's networks; their names."""
+    stretched = []
+    for place, network in module.named_modules():
+        if not isinstance(network, VisionTransformer) or not network.config.learns_positions:
+            continue
+        name, wanted, prefix = f"{place}.pos_embed".lstrip("."), network.pos_embed, network.num_prefix
+        table = found.get(name)
+        if wanted is None or table is None or table.dim() != 3 or table.shape == wanted.shape:
+            continue
+        side = math.isqrt(max(table.shape[1] - prefix, 0))
+        if table.shape[2] == wanted.shape[2] and table.shape[1] == prefix + side**2:
+            offset = network.config.position_offset
+            found[name] = resize_positions(table, (side, side), network.grid, prefix=prefix, offset=offset)
+            stretched.append(name)
+    return stretched
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -65,8 +65,8 @@ class Trainer:
         self.method = config.method.build()
         notice = check_comparisons(self.method, config, world)
         defer_statistics(self.method)
-        if config.train.init_from is not None:
-            checkpoint.load_weights(self.method, config.train.init_from)
+        init = config.train.init_from
+        stretched = [] if init is None else checkpoint.load_weights(self.method, init)
         self.guard = self._guard()
         prepare_blocks(self.method, recompute=config.train.checkpoint_activations, compiled=config.train.compile)
         self.method.to(device).train()
@@ -85,6 +85,8 @@ class Trainer:
         self.recorder = Recorder(self.output, rank=rank, start_step=self.state.step, total_steps=self.total_steps)
         if notice:
             self.recorder.event(self.state.step, notice)
+        if stretched and not self.state.step:
+            self.recorder.event(0, f"positions stretched to another grid: {', '.join(stretched)}")
         self.means = DeviceMeans()
         self.throughput = Throughput(device, world)
         self.knn = self._knn()
