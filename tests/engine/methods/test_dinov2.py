@@ -229,7 +229,7 @@ def advance(method) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_are_those_of_the_dense_form(name):
-    """Losses, all gradients and centres over steps in which student and teacher part, with rows that only fill up the list."""
+    """Losses, all gradients and centres over steps in which student and teacher part; some rows are padding."""
     method = built(name)
     dense = Dense(method)
     hide = method.hide
@@ -425,6 +425,23 @@ def test_recipes_hold_the_published_settings():
         assert config.method.freeze_last_layer / config.train.epochs == pytest.approx(held)
     assert large.method.encoder.grid == (37, 37)
     assert (large.method.local_size, long.method.local_size, short.method.local_size) == (98, 98, 96)
+
+
+def test_weights_go_on_at_another_resolution(tmp_path):
+    """Of student and teacher; with larger images the networks start from what those for smaller ones would do."""
+    small = built("sinkhorn, own head").float()
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    large = built("sinkhorn, own head", encoder=replace(VIT, image_size=40)).float()
+    assert load_weights(large, tmp_path / "small.safetensors") == ["student.pos_embed", "teacher.pos_embed"]
+    images = torch.randint(0, 256, (2, 40, 40, 3), dtype=torch.uint8)
+    for side in ("student", "teacher"):
+        networks = (getattr(method, side).eval() for method in (small, large))
+        torch.testing.assert_close(*(network(images) for network in networks), rtol=1e-5, atol=1e-5)
+    large(batch(large.config, 0), schedule())[0].backward()
+    assert load_weights(small, tmp_path / "small.safetensors") == []
+    wide = built("sinkhorn, own head", encoder=replace(VIT, width=48, image_size=40)).float()
+    with pytest.raises(ConfigError, match=r"other shapes:.*student.pos_embed \(1, 37, 32\) instead of \(1, 101, 48\)"):
+        load_weights(wide, tmp_path / "small.safetensors")
 
 
 def test_rates_fall_towards_the_pixels():
