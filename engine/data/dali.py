@@ -47,7 +47,7 @@ except ImportError as error:
 Node: TypeAlias = Any
 """A DALI graph node."""
 
-_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
 
 # Added before rounding, it truncates, as Pillow does. A little less than half, since float32 may miss a whole number.
 _TRUNCATE = -0.499

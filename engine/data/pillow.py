@@ -29,7 +29,11 @@ from .views import (
     View,
 )
 
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 _RAMP = bytes(range(256))
 
 
@@ -143,8 +147,9 @@ def _convolved(image: Image.Image, sigma: float, window: int) -> Image.Image:
     for axis in (0, 1):
         length = pixels.shape[axis]
         wide = np.pad(pixels, [(reach, reach) if axis == other else (0, 0) for other in range(3)], mode="reflect")
-        shifted = (wide.take(range(tap, tap + length), axis) for tap in range(window))
-        pixels = sum((part * np.float32(tap) for part, tap in zip(shifted, taps, strict=True)), np.float32(0))
+        pixels = np.zeros_like(pixels)
+        for place, tap in enumerate(taps.tolist()):
+            pixels += wide.take(range(place, place + length), axis) * np.float32(tap)
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 

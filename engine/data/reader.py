@@ -9,7 +9,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from .faults import BadFiles
 from .order import sample_rng
 from .source import Source
-from .views import ImageSize, Params, View
+from .views import ImageSize, Params, View, streams
 
 # Only decoders that DALI has as well, and none that would start a helper program on a stranger's file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
@@ -85,7 +85,7 @@ class Reader:
 
     def __init__(self, source: Source, views: Sequence[View], seed: int, bad: BadFiles) -> None:
         self._source = source
-        self._views = views
+        self._views = list(zip(streams(views), views, strict=True))
         self._seed = seed
         self._bad = bad
 
@@ -114,6 +114,5 @@ class Reader:
 
     def _draw(self, slot: Slot, size: ImageSize) -> list[list[Params]]:
         return [
-            view.draw(sample_rng(self._seed, slot.epoch, slot.position, number), size)
-            for number, view in enumerate(self._views)
+            view.draw(sample_rng(self._seed, slot.epoch, slot.position, stream), size) for stream, view in self._views
         ]

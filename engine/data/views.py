@@ -8,6 +8,7 @@ A new operation is a dataclass here with `draw`, and one lowering in each of the
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -22,7 +23,7 @@ ImageSize: TypeAlias = tuple[int, int]
 Params: TypeAlias = npt.NDArray[np.float32]
 """The numbers that one operation needs for one sample: a float32 vector whose length depends on the operation only."""
 
-Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+Interpolation: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
 
 _ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop
 
@@ -257,6 +258,8 @@ class View:
     """For messages and logs."""
     ops: tuple[Op, ...]
     """Applied from left to right."""
+    like: str | None = None
+    """Name of the view whose random numbers it takes: with operations alike, the same box of the image."""
 
     def __post_init__(self) -> None:
         if 0 in self.size:
@@ -280,3 +283,19 @@ class View:
             params.append(op.draw(rng, size))
             size = op.output_size(size)
         return params
+
+
+def streams(views: Sequence[View]) -> list[int]:
+    """The stream of random numbers that each view takes: its own number, or that of the view which it is like.
+
+    Raises:
+        DataError: If there is no view of that name.
+    """
+    numbers = {view.name: number for number, view in enumerate(views)}
+    for view in views:
+        if view.like is not None and view.like not in numbers:
+            raise DataError(
+                f"the view {view.name!r} takes the random numbers of {view.like!r}, and there are only "
+                f"{', '.join(map(repr, numbers))}: name one of them"
+            )
+    return [number if view.like is None else numbers[view.like] for number, view in enumerate(views)]

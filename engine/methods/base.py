@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,10 @@ class MethodConfig(ABC):
     def build(self) -> Method:
         """Construct the method with freshly initialised weights."""
 
+    def missing(self) -> list[str]:
+        """What a run needs beside images and does not find, each with its remedy; asked before a GPU is touched."""
+        return []
+
     @abstractmethod
     def demo(self) -> MethodConfig:
         """The same method small enough for 32-pixel images and two CPU cores."""
@@ -134,6 +138,18 @@ class Method(nn.Module, ABC):
 
         Returns:
             The scalar loss, and detached scalar tensors to log.
+        """
+
+    def prepare(self, images: Callable[[View, int], Iterator[Tensor]]) -> None:
+        """Fill buffers that are neither trained nor drawn at random, such as a codebook.
+
+        Called before the first step of a run that starts from no checkpoint; all ranks go on with what rank 0 found.
+
+        Args:
+            images: gives so many training images in a view, in batches uint8 `[b, H, W, 3]`, the same in every call.
+
+        Raises:
+            ValueError: they cannot be filled; with the remedy.
         """
 
     def momentum_pairs(self) -> list[MomentumPair]:

@@ -18,6 +18,7 @@ from vitrail.kernels import knn_topk
 
 from ..data import Source, View
 from ..data.pillow import decode, execute
+from ..data.views import streams
 from ..evaluate.correspondence import Correspondence
 from ..evaluate.features import Features, evaluation_mode, evaluation_view, extract
 from ..evaluate.knn import knn_accuracy
@@ -139,9 +140,10 @@ def _paint(method: MAE, config: RunConfig, val: Source, device: torch.device, ra
 
 def _show_views(method: Method, config: RunConfig, train: Source) -> None:
     """Draw what the method sees of the first training images."""
+    views = method.views()
     rows = {
-        view.name: [_picture(train, index, view, seed=number * COLUMNS + index) for index in range(COLUMNS)]
-        for number, view in enumerate(method.views())
+        view.name: [_picture(train, index, view, seed=stream * COLUMNS + index) for index in range(COLUMNS)]
+        for stream, view in zip(streams(views), views, strict=True)
     }
     draw_grid(rows, config.train.output / "views.png")
 

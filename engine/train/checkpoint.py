@@ -57,7 +57,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def whole_state(module: nn.Module, *, sharded: bool) -> dict[str, Tensor]:
-    """Parameters and buffers by name, on the CPU, complete even when ZeRO-3 has sharded them.
+    """Parameters and buffers of the state dict by name, on the CPU, complete even when ZeRO-3 has sharded them.
 
     Collective: every rank must call it. With `sharded` only rank 0's result is complete.
     """
@@ -65,8 +65,10 @@ def whole_state(module: nn.Module, *, sharded: bool) -> dict[str, Tensor]:
     for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
             state[name] = parameter.detach().cpu().clone()
+    kept = module.state_dict(keep_vars=True).keys()
     for name, buffer in module.named_buffers():
-        state[name] = buffer.detach().cpu().clone()
+        if name in kept:
+            state[name] = buffer.detach().cpu().clone()
     return state
 
 

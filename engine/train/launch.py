@@ -52,8 +52,10 @@ def launch(recipe: Callable[[], RunConfig], argv: Sequence[str] | None = None) -
 def check_method(config: RunConfig) -> None:
     """Build the method without memory, to find out before a GPU is touched whether its settings fit each other.
 
+    What else a run needs is looked for as well.
+
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do not, or something is missing.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -61,6 +63,9 @@ def check_method(config: RunConfig) -> None:
             method = config.method.build()
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{type(config.method).__name__} cannot be built: {error}") from error
+    missing = config.method.missing()
+    if missing:
+        raise ConfigError("; ".join(missing))
     check_comparisons(method, config, world)
 
 

@@ -27,6 +27,7 @@ from .guard import Alarm, Guard, dump_batch
 from .held import HeldParameters
 from .metrics import DeviceMeans, Recorder
 from .optimizers import TITLES, choose
+from .prepare import prepare
 from .schedules import learning_rate, weight_decay
 from .throughput import Throughput
 
@@ -79,6 +80,8 @@ class Trainer:
         self.first_layer = self.method.first_layer() if config.guard.enabled else []
         torch.manual_seed(config.train.seed + 1 + rank)  # stochastic depth differs between ranks
         self.state = self._restore()
+        if not self.state.step and config.train.init_from is None:
+            prepare(self.method, self.source, config.data, world=world, device=device)
         self.loader = self._loader()
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = math.ceil(config.train.epochs * self.steps_per_epoch)
