@@ -6,6 +6,7 @@ of the authors' released code, where the two differ.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -79,6 +80,37 @@ class Reconstruction(NamedTuple):
     image: Tensor
     masked: Tensor
     painted: Tensor
+
+
+def painting(
+    images: Tensor,
+    pixels: Tensor,
+    pred: Tensor,
+    hidden: Tensor,
+    grid: tuple[int, int],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Reconstruction:
+    """Put images together from what is seen of them and what is painted.
+
+    Args:
+        images: uint8 `[B, H, W, 3]`.
+        pixels: their patches, normalised, `[B, L, 3 P P]`.
+        pred: what was painted, the same.
+        hidden: which patches are painted, bool `[B, L]`.
+        grid: patches per (column, row).
+        mean: channel means of the pixels, in 0-1 units.
+        std: their standard deviations.
+    """
+    side = math.isqrt(pixels.shape[-1] // 3)
+    scale, shift = (pixels.new_tensor(values).repeat(side**2) for values in (std, mean))
+
+    def assembled(fill: Tensor) -> Tensor:
+        patches = torch.where(hidden[..., None], fill, pixels * scale + shift)
+        tiles = patches.view(-1, *grid, side, side, 3).transpose(2, 3)
+        return (tiles.reshape(images.shape).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    return Reconstruction(images, assembled(torch.full_like(pixels, 0.5)), assembled(pred * scale + shift))
 
 
 class MAE(Method):
@@ -161,22 +193,8 @@ class MAE(Method):
         if self.config.norm_pix:
             var, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
             pred = pred * (var + 1e-6).sqrt() + mean
-        hidden = (masks.restore >= self.visible)[..., None]
-        std, mean = (
-            pred.new_tensor(self.config.std).repeat(patch**2),
-            pred.new_tensor(self.config.mean).repeat(patch**2),
-        )
-        grey = torch.full_like(pred, 0.5)
-        masked, painted = (
-            self._image(torch.where(hidden, fill, pixels * std + mean)) for fill in (grey, pred * std + mean)
-        )
-        return Reconstruction(images, masked, painted)
-
-    def _image(self, patches: Tensor) -> Tensor:
-        """Patch vectors `[B, L, 3 P P]` in 0-1 units to uint8 images `[B, H, W, 3]`."""
-        (rows, columns), side = self.encoder.grid, self.config.encoder.patch_size
-        tiles = patches.view(-1, rows, columns, side, side, 3).transpose(2, 3)
-        return (tiles.reshape(-1, rows * side, columns * side, 3).clamp(0, 1) * 255).round().to(torch.uint8)
+        hidden = masks.restore >= self.visible
+        return painting(images, pixels, pred, hidden, self.encoder.grid, self.config.mean, self.config.std)
 
     def flops(self, images: int) -> float:
         """Matrix products that the loss needs: three times the forward pass, skipped work not counted."""

@@ -20,6 +20,7 @@ from ..models.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
 from ..models.block import take_rows
 from ..models.vit import ViTConfig, beit_vit, vit_base
 from .base import Method, MethodConfig, Schedule
+from .mae import Reconstruction, painting
 from .masks import coarse_columns, coarse_masks
 
 
@@ -176,6 +177,16 @@ class SimMIM(Method):
         """Mean of the regions' tokens of the whole image, `[B, D]`: what fine-tuning starts from."""
         regions: Tensor = self.encoder.forward_regions(images)[1]
         return regions.float().mean(dim=1)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """Paint the hidden squares of uint8 images `[B, H, W, 3]`."""
+        config, masks = self.config, self.masks(noise)
+        every = torch.arange(masks.hidden.shape[1], device=images.device).expand(len(images), -1)
+        pixels = self._pixels(images, every, torch.float32)
+        pred = self.predict(images, masks).float()
+        painted = pixels.scatter(1, masks.places[..., None].expand_as(pred), pred)
+        return painting(images, pixels, painted, masks.hidden, config.grid, config.mean, config.std)
 
     def flops(self, images: int) -> float:
         """Matrix products of a step: three times the forward pass, the decoder on hidden regions alone."""
