@@ -5,12 +5,15 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import dinov2_runs
+import joint_runs
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import training
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import gaussian_blur
 
@@ -501,3 +504,56 @@ def test_each_part_is_clipped_by_its_own_norm(implementation):
     for i, (now, then) in enumerate(zip(method.clip_groups(), before.clip_groups(), strict=True)):
         step = sum((p - q).double().square().sum().item() for p, q in zip(now, then, strict=True)) ** 0.5
         assert step == pytest.approx(min(norms[i], 0.5) if i else step, rel=1e-2)
+
+
+# --- in the trainer -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("two"), 2)
+
+
+def launched(folder, ranks):
+    """Reports and final weights of runs on some ranks."""
+    reports = training.run_case("runs", folder, ranks=ranks, script=dinov2_runs.__file__)
+    return reports, {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+
+
+RUNS = [(1, f"balanced {how}") for how in ("0", "2", "3", "recomputed")]
+RUNS += [(2, f"balanced{how}") for how in ("", " 0", " 2", " 3")] + [(1, "centred accumulated"), (2, "centred")]
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "name"), RUNS)
+def test_runs_are_those_of_one_rank(one, two, ranks, name):
+    """In any stage, on any number of ranks, recomputed or accumulated, up to the order of sums in float32."""
+    (reports, weights), (plain, others) = (one if ranks == 1 else two), one
+    other = name.split()[0]
+    for figure in ("loss", "gradient_norm"):
+        assert len(reports[name][figure]) == joint_runs.STEPS
+        assert reports[name][figure] == pytest.approx(plain[other][figure], rel=1e-4), figure
+    assert min(plain[other]["gradient_norm"]) > 2 * dinov2_runs.CLIP
+    torch.manual_seed(0)  # the runs' seed
+    start = dinov2_runs.METHODS[other].build().state_dict()
+    for kind in ("student.", "student_heads.", "teacher.", "teacher_heads.", "centers", "patch_centers"):
+        keys = [key for key in start if key.startswith(kind)]
+        difference = sum((weights[name][k] - others[other][k]).square().sum().item() for k in keys)
+        moved = sum((others[other][k] - start[k]).square().sum().item() for k in keys)
+        assert difference**0.5 <= 1e-3 * moved**0.5, kind
+        assert (moved > 0) == (other == "centred" or "centers" not in kind)
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_interrupted_runs_continue_exactly(one):
+    reports, weights = one
+    assert reports["koleo parts"]["loss"] == reports["koleo"]["loss"]
+    assert all(torch.equal(value, weights["koleo parts"][key]) for key, value in weights["koleo"].items())
+    assert reports["koleo"]["loss"] != reports["centred"]["loss"]
