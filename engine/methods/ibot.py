@@ -17,7 +17,7 @@ from ..models.heads import DINOHead, head_flops
 from ..models.multi_crop import group_views
 from ..models.swin import SwinConfig
 from ..models.vit import ViTConfig, dino_vit, vit_small
-from .base import Schedule
+from .base import DemoRun, Schedule
 from .centers import Centers, Distilled
 from .dino import DINO, GLOBAL_CROPS, DINOConfig
 from .joint import spread
@@ -81,6 +81,19 @@ class IBOTConfig(DINOConfig):
             batch_norm=self.head_batch_norm,
             trained_length=not self.norm_last_layer,
         )
+
+    def shrunk(self) -> dict[str, Any]:
+        """DINO's, on crops of 4 x 4 patches, where patches are hidden from the start."""
+        patches = {"patch_teacher_temp": 0.04, "warmup_patch_teacher_temp": 0.04, "mask_epoch": 0.0}
+        return super().shrunk() | patches
+
+    def demo(self) -> IBOTConfig:
+        """A small network with batch normalisation in its head, few prototypes, two small crops of 16 pixels."""
+        return replace(self, **self.shrunk())
+
+    def demo_run(self) -> DemoRun:
+        """What learns within minutes on two CPU cores."""
+        return DemoRun(epochs=8, batch_size=128, lr=4e-3, weight_decay=0.04)
 
 
 class Hidden(NamedTuple):

@@ -14,6 +14,7 @@ from vitrail.engine.methods.byol import BYOLConfig
 from vitrail.engine.methods.corruption import Corruption
 from vitrail.engine.methods.dino import DINOConfig
 from vitrail.engine.methods.esvit import EsViTConfig
+from vitrail.engine.methods.ibot import IBOTConfig
 from vitrail.engine.methods.moco_v2 import MoCoV2Config
 from vitrail.engine.methods.moco_v3 import MoCoV3Config
 from vitrail.engine.methods.simclr import SimCLRConfig
@@ -41,13 +42,19 @@ METHODS = {
     "moco_v2": MoCoV2Config(encoder=ENCODER, dim=16, queue=32),
     "dino": DINOConfig(encoder=replace(dino_vit(ENCODER), drop_path=0.0), **CROPS, norm_last_layer=False),
     "esvit": EsViTConfig(encoder=SwinConfig(image_size=32, width=16, depths=(2, 2), heads=(2, 2), window=3), **CROPS),
+    "ibot": IBOTConfig(
+        encoder=replace(dino_vit(ENCODER), drop_path=0.0, mask_token=True), patch_prototypes=24, **CROPS
+    ),
     # Pieces come from the images of a rank: with them two ranks would see other pixels than one.
     "sit": SiTConfig(
         encoder=dino_vit(ENCODER), hidden=32, dim=16, momentum=0.9, corruption=Corruption(replaced=0.0, align=2)
     ),
 }
 CACHED = ("moco_v3", "simclr", "byol", "moco_v2")
-SIT: dict[str, dict[str, Any]] = {
+STAGES: dict[str, dict[str, Any]] = {
+    "ibot 0": {"zero_stage": 0, "micro": 4},
+    "ibot 2": {"zero_stage": 2, "checkpoint_activations": True},
+    "ibot 3": {"zero_stage": 3},
     "sit 0": {"zero_stage": 0},
     "sit 2": {"zero_stage": 2, "checkpoint_activations": True},
     "sit 3": {"zero_stage": 3},
@@ -97,8 +104,8 @@ def runs(scratch: Path) -> Any:
         for stage in (0, 3):
             output = scratch / f"{name} {stage}"
             report[output.name] = train(config(output, METHODS[name], micro=micro, zero_stage=stage))
-    for name, how in SIT.items():
-        report[name] = train(config(scratch / name, METHODS["sit"], micro=micro, **how))
+    for name, how in STAGES.items():
+        report[name] = train(config(scratch / name, METHODS[name.split()[0]], **{"micro": micro, **how}))
     for stage in (0, 2, 3):
         output = scratch / f"moco_v3 cached {stage}"
         report[output.name] = train(config(output, METHODS["moco_v3"], micro=4, grad_cache=True, zero_stage=stage))
@@ -113,7 +120,7 @@ def runs(scratch: Path) -> Any:
     report["shuffled"] = shuffled()
     if world == 1:
         report |= {"dropped": dropped(scratch / "dropped"), "events": training.events(scratch / "moco_v3 accumulated")}
-        for name in ("moco_v3", "moco_v2", "esvit", "sit"):
+        for name in ("moco_v3", "moco_v2", "esvit", "ibot", "sit"):
             report[f"{name} poisoned"] = poisoned(scratch / f"{name} poisoned", name)
             run = config(scratch / f"{name} parts", METHODS[name], micro=BATCH)
             training.train(run, stop_after=2)

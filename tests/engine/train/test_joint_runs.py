@@ -4,7 +4,7 @@ import joint_runs
 import pytest
 import torch
 import training
-from joint_runs import CACHED, METHODS, POISON, SIT, STEPS
+from joint_runs import CACHED, METHODS, POISON, STAGES, STEPS
 from safetensors.torch import load_file
 
 from vitrail.engine.methods.mae import MAEConfig
@@ -47,7 +47,7 @@ def assert_same_run(first, second):
     if "queue" in start:
         start["queue"] = start["queue"][start["queue"][:, 0].argsort()]
     assert a.weights[name].keys() == b.weights[other].keys() == start.keys()
-    kinds = ("encoder.", "projector.", "predictor.", "momentum", "queue", "student", "teacher", "centers")
+    kinds = "encoder. projector. predictor. momentum queue student teacher centers patch_centers".split()
     for kind in kinds:
         keys = [k for k in start if k.startswith(kind) and start[k].is_floating_point()]
         difference = sum((a.weights[name][k] - b.weights[other][k]).square().sum().item() for k in keys)
@@ -71,11 +71,11 @@ def test_crops_in_every_way(one, two, ranks, how, name):
     assert_same_run((one if ranks == 1 else two, f"{name} {how}"), (one, name))
 
 
-@pytest.mark.parametrize("how", SIT)
+@pytest.mark.parametrize("how", STAGES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_corrupted_views_in_every_stage(one, two, ranks, how):
-    """Masks, the count of corrupted pixels, keys and batch statistics are those of the whole batch."""
-    assert_same_run((one if ranks == 1 else two, how), (one, "sit"))
+def test_hidden_and_corrupted_views_in_every_stage(one, two, ranks, how):
+    """Masks, the count of corrupted pixels, keys, batch statistics and both centres are those of the whole batch."""
+    assert_same_run((one if ranks == 1 else two, how), (one, how.split()[0]))
 
 
 @pytest.mark.parametrize("name", CACHED)
@@ -121,6 +121,7 @@ STATE = {
     "moco_v3": {"running_mean", "num_batches_tracked"},
     "moco_v2": {"queue"},
     "esvit": {"centers"},
+    "ibot": {"centers"},
     "sit": {"running_mean", "num_batches_tracked"},
 }
 
