@@ -217,6 +217,19 @@ def test_half_of_the_crops_hide_a_tenth_to_a_half(shape):
     torch.testing.assert_close(totals, hiding.float())
 
 
+@pytest.mark.parametrize("shape", ["blocks", "random"])
+def test_counts_and_places_are_drawn_apart(monkeypatch, shape):
+    streams, draw = [], Schedule.uniform_everywhere
+
+    def watched(self, columns, device, *, stream=0):
+        streams.append(stream)
+        return draw(self, columns, device, stream=stream)
+
+    monkeypatch.setattr(Schedule, "uniform_everywhere", watched)
+    built("shared", mask_shape=shape).hide(IMAGES, schedule(), torch.device("cpu"))
+    assert len(streams) == len(set(streams)) == 2
+
+
 @pytest.mark.parametrize("name", ["shared", "unit prototypes"])
 def test_micro_batches_hide_what_the_whole_batch_does(name):
     method = built(name)
