@@ -1,17 +1,23 @@
 """The vision transformer, its positions and its attention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vitrail.engine.models import attention
-from vitrail.engine.models.attention import Attention, attend, attention_backend
-from vitrail.engine.models.block import Block, DropPath, take_rows
+from vitrail.engine.models.attention import Attention, RelativePositionBias, attend, attention_backend
+from vitrail.engine.models.block import Block, DropPath, mlp_hidden, take_rows
+from vitrail.engine.models.packing import Packing, pack
 from vitrail.engine.models.positions import sincos_positions
 from vitrail.engine.models.vit import (
     VisionTransformer,
     ViTConfig,
+    beit_vit,
+    dinov2_vit,
     vit_base,
+    vit_giant,
     vit_small,
     vit_tiny,
 )
@@ -200,3 +206,262 @@ def test_compiled_blocks_equal_eager_ones_and_keep_their_names():
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
     model(images).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+# --- what BEiT, SimMIM, iBOT and DINOv2 add -----------------------------------------------------------------------
+
+SMALL = ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=4)
+
+
+def pixels(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 800, 1 << 20])  # one, two and all three images of 4 tokens
+@pytest.mark.parametrize(("n", "m"), [(4, 4), (1, 3)])
+def test_cache_blocked_attention_with_a_bias(monkeypatch, block_bytes, n, m):
+    """Values against scaled_dot_product_attention, all gradients by finite differences, for any block size."""
+    monkeypatch.setattr(attention, "BLOCK_BYTES", block_bytes)
+    torch.manual_seed(0)
+    shapes = ((3, n, 12), (3, m, 24), (3, n, m))
+    q, kv, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    heads_first = (t.unflatten(-1, (3, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1)))
+    expected = F.scaled_dot_product_attention(*heads_first, attn_mask=bias[None]).transpose(1, 2).flatten(2)
+    for backend in ("math", "sdpa"):
+        out = attend(q, kv, heads=3, backend=backend, bias=bias)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *t: attend(*t[:2], heads=3, backend="math", bias=t[2]), (q, kv, bias))
+
+
+def test_the_gradient_of_a_bias_is_summed_in_its_own_dtype():
+    torch.manual_seed(0)
+    qkv, bias = torch.randn(64, 5, 24).bfloat16(), torch.randn(2, 5, 5, requires_grad=True)
+    attend(qkv, heads=2, backend="math", bias=bias).sum().backward()
+    exact = bias.detach().double().requires_grad_()
+    attend(qkv.double(), heads=2, backend="math", bias=exact).sum().backward()
+    assert bias.grad.dtype == torch.float32
+    torch.testing.assert_close(bias.grad.double(), exact.grad, rtol=0.03, atol=0.03 * exact.grad.abs().max().item())
+
+
+def test_what_takes_no_bias_says_so():
+    qkv, bias = torch.randn(1, 8, 24), torch.zeros(2, 8, 8)
+    with pytest.raises(ValueError, match="images packed into one sequence cannot take a relative-position bias"):
+        attend(qkv, heads=2, packing=Packing(((2, 4),)), bias=bias)
+    with pytest.raises(ValueError, match="relative-position bias"):
+        VisionTransformer(replace(SMALL, positions="relative"))([torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 32)])
+    with pytest.raises(ValueError, match="relative positions need all patches"):
+        VisionTransformer(replace(SMALL, positions="relative"))(torch.randn(1, 3, 32, 32), torch.tensor([[0, 1]]))
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
+def test_relative_positions(grid):
+    """A row of the table for each offset, and the last three for what involves the class token (BEiT)."""
+    relative = RelativePositionBias(grid, 2)
+    table = relative.relative_position_bias_table
+    rows, columns = grid
+    assert table.shape == ((2 * rows - 1) * (2 * columns - 1) + 3, 2)
+    assert not table.any()
+    torch.nn.init.normal_(table)
+    bias = relative()
+    assert bias.shape == (2, 1 + rows * columns, 1 + rows * columns)
+    for i in range(rows * columns):
+        for j in range(rows * columns):
+            down, right = i // columns - j // columns, i % columns - j % columns
+            row = (down + rows - 1) * (2 * columns - 1) + right + columns - 1
+            assert torch.equal(bias[:, 1 + i, 1 + j], table[row])
+    assert torch.equal(bias[:, 0, 1:], table[-3, :, None].expand(-1, rows * columns))
+    assert torch.equal(bias[:, 1:, 0], table[-2, :, None].expand(-1, rows * columns))
+    assert torch.equal(bias[:, 0, 0], table[-1])
+
+
+def beit_like(**changes):
+    """A small BEiT whose table is not zero."""
+    torch.manual_seed(0)
+    model = VisionTransformer(beit_vit(replace(SMALL, **changes))).double()
+    torch.nn.init.normal_(model.rel_pos_bias.relative_position_bias_table)
+    return model
+
+
+def test_the_pooled_class_token_has_its_row_of_the_bias():
+    model, images = beit_like(), pixels(2, 3, 32, 32)
+    torch.testing.assert_close(model(images, None, True), model(images)[:, 0], rtol=1e-12, atol=1e-12)
+    plain = model(images)
+    torch.nn.init.zeros_(model.rel_pos_bias.relative_position_bias_table)
+    assert (model(images) - plain).abs().max() > 1e-4
+
+
+def test_class_attention_with_a_bias():
+    """What the pictures show, against attention written out."""
+    from vitrail.engine.show.attention import class_attention
+
+    model, images = beit_like(), torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    model = model.float()
+    bias, last = model.rel_pos_bias(), model.blocks[1]
+    x = torch.cat([model.cls_token.expand(2, -1, -1), model.patch_embed(images)], dim=1)
+    x = last.norm1(model.blocks[0](x, bias=bias))
+    weight = last.attn.qkv.weight.chunk(3)
+    query = (F.linear(x[:, :1], weight[0], last.attn.qkv.q_bias)).unflatten(-1, (4, 8)).transpose(1, 2)
+    key = F.linear(x, weight[1]).unflatten(-1, (4, 8)).transpose(1, 2)
+    expected = (query @ key.transpose(-2, -1) / 8**0.5 + bias[:, :1]).softmax(-1)[:, :, 0, 1:]
+    torch.testing.assert_close(class_attention(model, images).flatten(2), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_keys_without_a_bias():
+    """Names of the official BEiT code's parameters; a bias that all keys share changes nothing but rounding."""
+    torch.manual_seed(0)
+    without, usual = Attention(16, 4, key_bias=False).double(), Attention(16, 4).double()
+    assert set(without.state_dict()) == {"qkv.weight", "qkv.q_bias", "qkv.v_bias", "proj.weight", "proj.bias"}
+    assert not without.qkv.q_bias.any()
+    torch.nn.init.normal_(without.qkv.q_bias)
+    torch.nn.init.normal_(without.qkv.v_bias)
+    state = {k: v for k, v in without.state_dict().items() if "_bias" not in k}
+    bias = torch.cat([without.qkv.q_bias, pixels(16), without.qkv.v_bias])
+    usual.load_state_dict(state | {"qkv.bias": bias})
+    x = pixels(2, 5, 16)
+    torch.testing.assert_close(without(without.qkv(x)), usual(usual.qkv(x)), rtol=1e-12, atol=1e-12)
+    whole = without.qkv(x)
+    torch.testing.assert_close(without.qkv(x, "q"), whole[..., :16], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(without.qkv(x, "kv"), whole[..., 16:], rtol=1e-12, atol=1e-12)
+
+
+def test_layer_scale_weighs_both_branches():
+    torch.manual_seed(0)
+    block = Block(16, 4, layer_scale=0.5).double()
+    assert {k for k in block.state_dict() if "ls" in k} == {"ls1.gamma", "ls2.gamma"}
+    assert block.ls1.gamma.tolist() == block.ls2.gamma.tolist() == [0.5] * 16
+    torch.nn.init.normal_(block.ls1.gamma)
+    torch.nn.init.normal_(block.ls2.gamma)
+    x = pixels(2, 5, 16)
+    y = x + block.ls1.gamma * block.attn(block.project(x))
+    y = y + block.ls2.gamma * block.mlp(block.norm2(y))
+    torch.testing.assert_close(block(x), y, rtol=1e-12, atol=1e-12)
+    assert not any("ls" in k for k in Block(16, 4).state_dict())
+
+
+def test_swiglu():
+    """Hidden widths and names of DINOv2's ViT-g."""
+    assert [mlp_hidden(width, 4.0, "swiglu") for width in (1536, 1024, 384, 32)] == [4096, 2736, 1024, 88]
+    assert mlp_hidden(1536, 4.0, "gelu") == 6144
+    with torch.device("meta"):
+        state = VisionTransformer(replace(vit_giant(), depth=1)).state_dict()
+    shapes = {k.removeprefix("blocks.0.mlp."): tuple(v.shape) for k, v in state.items() if "mlp" in k}
+    wanted = {"w12.weight": (8192, 1536), "w12.bias": (8192,), "w3.weight": (1536, 4096), "w3.bias": (1536,)}
+    assert shapes == wanted
+    torch.manual_seed(0)
+    mlp, x = Block(16, 4, mlp="swiglu").double().mlp, pixels(3, 16)
+    a, b = (x @ mlp.w12.weight.T + mlp.w12.bias).split(48, dim=1)
+    expected = (a * a.sigmoid() * b) @ mlp.w3.weight.T + mlp.w3.bias
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned", "relative"])
+def test_masked_patches_keep_their_place_and_hide_their_content(positions):
+    torch.manual_seed(0)
+    model = VisionTransformer(replace(SMALL, positions=positions, mask_token=True)).double()
+    torch.nn.init.normal_(model.mask_token)
+    images, masked = pixels(2, 3, 32, 32), torch.zeros(2, 16, dtype=torch.bool)
+    masked[0, [1, 6]], masked[1, 15] = True, True
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hidden = model(images, masked=masked)
+    model(images)
+    table = 0 if model.pos_embed is None else model.pos_embed[:, 1:]
+    expected = torch.where(masked[..., None], model.mask_token + table, seen[1][:, 1:])
+    torch.testing.assert_close(seen[0][:, 1:], expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(seen[0][:, 0], seen[1][:, 0])
+    other = images.clone()
+    other[0, :, :8, 8:16] = 7.0  # patch 1
+    assert torch.equal(model(other, masked=masked), hidden)
+    assert not torch.equal(model(other), model(images))
+    first, regions = model.forward_regions(images, masked)
+    assert torch.equal(torch.cat([first[:, None], regions], dim=1), hidden)
+
+
+def test_masks_need_a_mask_token():
+    with pytest.raises(ValueError, match="mask_token=True"):
+        VisionTransformer(SMALL)(torch.randn(1, 3, 32, 32), masked=torch.ones(1, 16, dtype=torch.bool))
+
+
+def test_several_groups_of_images_equal_separate_calls():
+    torch.manual_seed(0)
+    model = VisionTransformer(replace(SMALL, positions="learned", mask_token=True)).double()
+    torch.nn.init.normal_(model.mask_token)
+    groups, masks = [pixels(2, 3, 32, 32), pixels(3, 3, 16, 24)], [torch.rand(2, 16) < 0.5, None]
+    for given in (None, masks):
+        found = model(groups, masked=given)
+        for tokens, images, masked in zip(found, groups, given or (None, None), strict=True):
+            torch.testing.assert_close(tokens, model(images, masked=masked), rtol=1e-10, atol=1e-12)
+    pooled = model(groups, None, True, masks)
+    torch.testing.assert_close(pooled, torch.cat([tokens[:, 0] for tokens in found]), rtol=1e-10, atol=1e-12)
+
+
+def subset_block(rate):
+    torch.manual_seed(0)
+    return Block(16, 4, layer_scale=0.5, drop_path=rate, drop_by="subset").double().train()
+
+
+@pytest.mark.parametrize(("images", "rate", "kept"), [(8, 0.5, 4), (7, 0.3, 4), (2, 0.9, 1), (5, 0.1, 5)])
+def test_branches_are_computed_for_a_share_of_the_images(images, rate, kept):
+    """DINOv2's stochastic depth: rounded down, at least one; rates of at most 0.1 drop image by image."""
+    block, x = subset_block(rate), pixels(images, 6, 16)
+    given = []
+    for part in (block.attn.qkv, block.mlp):
+        part.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].shape[0]))
+    block(x)
+    assert given == [kept, kept]
+    block.eval()(x)
+    assert given[2:] == [images, images]
+
+
+def test_dropping_by_subset_keeps_the_expectation():
+    block, x = subset_block(0.5), pixels(6, 5, 16)
+    branch = block.ls1(block.attn(block.project(x)))
+    chosen = torch.zeros(6)
+    for _ in range(60):
+        y = block._on_subset(x, None, lambda x, _: block.attn(block.project(x)), 1)
+        computed = (y != x).flatten(1).any(1)
+        assert computed.sum() == 3
+        expected = torch.where(computed[:, None, None], x + 2 * branch, x)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        chosen += computed
+    assert chosen.sub(30).abs().max() < 16  # four standard deviations
+
+
+def test_dropping_by_subset_among_packed_images():
+    """Each group drops its share and is scaled by it, as if it were alone."""
+    block, groups = subset_block(0.5), [pixels(4, 6, 16), pixels(3, 2, 16)]
+    x, packing = pack(groups)
+    given = []
+    block.mlp.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].shape[1]))
+    block(x, packing=packing)
+    assert given == [2 * 6 + 1 * 2]
+
+    def attention_branch(x, part):
+        return block.attn(block.project(x), packing=part)
+
+    found = packing.unpack(block._on_subset(x, packing, attention_branch, 1))
+    for y, images, kept in zip(found, groups, (2, 1), strict=True):
+        computed = (y != images).flatten(1).any(1)
+        assert computed.sum() == kept
+        branch = block.ls1(block.attn(block.project(images))) * len(images) / kept
+        expected = torch.where(computed[:, None, None], images + branch, images)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_recomputed_subsets_are_the_same(packed):
+    torch.manual_seed(0)
+    config = replace(dinov2_vit(SMALL), drop_path=0.5, layer_scale=0.5)
+    model = VisionTransformer(config).double().train()
+    images = [pixels(4, 3, 32, 32), pixels(4, 3, 16, 16)] if packed else pixels(6, 3, 32, 32)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        for block in model.blocks:
+            block.recompute = recompute
+        model.zero_grad()
+        out = model(images)
+        sum(tokens.square().sum() for tokens in (out if packed else [out])).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+    assert [block.drop_path.rate for block in model.blocks] == [0.5, 0.5]
