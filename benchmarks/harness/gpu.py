@@ -40,7 +40,10 @@ MEASURE = (
     Stage("kernels", ("benchmarks/kernels",), 0.45),
     Stage(
         "steps",
-        tuple(f"benchmarks/steps/bench_{method}_step.py" for method in ("mae", "moco_v3", "simclr", "esvit", "dino")),
+        tuple(
+            f"benchmarks/steps/bench_{method}_step.py"
+            for method in ("mae", "moco_v3", "simclr", "esvit", "dino", "sit")
+        ),
     ),
     Stage("engine", ("benchmarks/engine",)),
     Stage("sweeps", ("benchmarks/steps/bench_mae_batch.py", "benchmarks/steps/bench_mae_cost.py")),

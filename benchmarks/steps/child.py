@@ -4,8 +4,8 @@
     python benchmarks/steps/child.py "transformers compiled" --model huge --batch 256 --steps 10
     python benchmarks/steps/child.py "plain PyTorch" --family moco_v3 --model small --batch 32
 
-What a step is, is said in `mae_steps.py`, `joint_steps.py` and `crop_steps.py`. `bench/steps.py` starts these
-processes in turns and makes rows of what they print.
+What a step is, is said in `mae_steps.py`, `joint_steps.py`, `crop_steps.py` and `sit_steps.py`. `bench/steps.py` starts
+these processes in turns and makes rows of what they print.
 """
 
 import argparse
@@ -24,13 +24,16 @@ from typing import Any
 import crop_steps
 import joint_steps
 import mae_steps
+import sit_steps
 import torch
 from torch import Tensor
 from work import Work
 
 from vitrail.engine.train.throughput import peak_memory
 
-FAMILIES = {family: module for module in (mae_steps, joint_steps, crop_steps) for family in module.IMPLEMENTATIONS}
+FAMILIES = {
+    family: module for module in (mae_steps, joint_steps, crop_steps, sit_steps) for family in module.IMPLEMENTATIONS
+}
 # What allocators say that raise no class of their own: PyTorch's on a CPU, the C++ library's, CUDA's and cuBLAS's.
 EXHAUSTED = ("can't allocate memory", "bad_alloc", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 

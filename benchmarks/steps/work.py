@@ -8,7 +8,7 @@ class Work:
     """Steps of one implementation."""
 
     family: str = "mae"
-    """The method: `mae`, `moco_v3`, `simclr`, `dino` or `esvit`."""
+    """The method: `mae`, `moco_v3`, `simclr`, `dino`, `esvit` or `sit`."""
     implementation: str
     model: str
     batch: int

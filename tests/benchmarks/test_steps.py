@@ -224,6 +224,52 @@ class TestCropSteps:
             assert one.shape == {"batch": one.batch, "views": 2, **said}
 
 
+class TestSiTSteps:
+    def test_implementations_train_alike(self, monkeypatch):
+        """Losses of steps in float32 on the same corrupted views, which the loader's work then takes the place of."""
+        monkeypatch.setattr(torch, "autocast", partial(torch.autocast, enabled=False))
+        sit_steps = steps.child().FAMILIES["sit"]
+        joint_steps = sys.modules[sit_steps.trainers_step.__module__]
+        first = joint_steps.schedule
+        monkeypatch.setattr(joint_steps, "schedule", lambda step, rows: first(0, rows))
+        losses, flops = {}, set()
+        for name in sit_steps.IMPLEMENTATIONS["sit"]:
+            sizes = {"batch": 8, "image_size": 64, "depth": 2}
+            work = steps.child().Work(family="sit", implementation=name, model="small", **sizes)
+            step, operations = sit_steps.prepare(work, CPU)
+            losses[name] = [step().item() for _ in range(3)]
+            flops.add(operations)
+        corrupting = losses.pop(f"{PEER}, explicit attention, corrupting")
+        for others in losses.values():
+            assert others == pytest.approx(losses["vitrail"], rel=2e-5)
+        assert losses["vitrail"][2] < losses["vitrail"][0] == pytest.approx(corrupting[0], rel=2e-6)
+        assert abs(corrupting[1] - losses["vitrail"][1]) > 0.1
+        assert len(flops) == 1
+
+    def test_the_loader_places_as_many_rectangles(self):
+        """As test_corruption.py counts, though this code shares nothing with ours."""
+        sit_steps = steps.child().FAMILIES["sit"]
+        images = torch.rand(60, 3, 224, 224)
+        corrupted, mask = sit_steps.corrupt_batch(images, sit_steps.Corruption(align=16))
+        shares = mask.mean((1, 2, 3))
+        kept, replaced = shares[shares > 0.45], shares[shares < 0.45]
+        assert kept.mean().item() == pytest.approx(0.511, abs=0.01)
+        assert replaced.mean().item() == pytest.approx(0.315, abs=0.01)
+        assert torch.equal(corrupted[mask == 0], images[mask == 0])
+
+    def test_dry_runs_agree(self):
+        tiny = case({}, family="sit")
+        runs = {name: steps.try_out(tiny, name) for name in ("vitrail", PEER)}
+        assert steps.agree([run["loss"] for run in runs.values()]), runs
+        assert tiny.shape == {"batch": 4, "image": 224, "patch": 16, "views": 2}
+
+    def test_cases_name_what_there_is(self):
+        module = steps.child().FAMILIES["sit"]
+        for one in (one for kind in ("cpu", "cuda") for one in load("bench_sit_step").cases(kind)):
+            assert one.model in module.MODELS
+            assert {"vitrail", PEER} < {*one.rounds} <= {*module.IMPLEMENTATIONS["sit"]}
+
+
 def test_a_child_refuses_who_is_not_of_the_family(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["child.py", "lightly", "--family", "moco_v3"])
     with pytest.raises(SystemExit):

@@ -81,12 +81,12 @@ PEERS = {
 def absent(name: str, device: torch.device) -> str | None:
     """Why the implementation `name` cannot run on `device`; None if it can.
 
-    The suffixes ` compiled`, ` checkpointed` and `, explicit attention` are understood.
+    The suffixes ` compiled`, ` checkpointed`, `, explicit attention` and, after that, `, corrupting` are understood.
 
     Raises:
         KeyError: Nobody of that name is in the table.
     """
-    known = re.sub("( compiled| checkpointed|, explicit attention)$", "", name)
+    known = re.sub("( compiled| checkpointed|, explicit attention(, corrupting)?)$", "", name)
     if known not in PEERS:
         raise KeyError(f"no implementation called {name!r} in benchmarks/harness/bench/peers.py; add it there")
     peer = PEERS[known]

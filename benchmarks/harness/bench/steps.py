@@ -51,7 +51,7 @@ class StepCase:
     name: str
     """Which sizes, in words."""
     family: str = "mae"
-    """The method: `mae`, `moco_v3`, `simclr`, `dino` or `esvit`."""
+    """The method: `mae`, `moco_v3`, `simclr`, `dino`, `esvit` or `sit`."""
     model: str
     """`small`, `base`, `large` or `huge`; of `SWINS` for EsViT."""
     batch: int
