@@ -18,10 +18,11 @@ from vitrail.engine.methods.ibot import IBOTConfig
 from vitrail.engine.methods.moco_v2 import MoCoV2Config
 from vitrail.engine.methods.moco_v3 import MoCoV3Config
 from vitrail.engine.methods.simclr import SimCLRConfig
+from vitrail.engine.methods.simmim import SimMIMConfig
 from vitrail.engine.methods.simsiam import SimSiamConfig
 from vitrail.engine.methods.sit import SiTConfig
 from vitrail.engine.models.swin import SwinConfig
-from vitrail.engine.models.vit import ViTConfig, dino_vit, moco_vit
+from vitrail.engine.models.vit import ViTConfig, beit_vit, dino_vit, moco_vit
 
 STEPS, BATCH, POISON = 4, 16, 1
 ENCODER = moco_vit(ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=4))
@@ -49,8 +50,14 @@ METHODS = {
     "sit": SiTConfig(
         encoder=dino_vit(ENCODER), hidden=32, dim=16, momentum=0.9, corruption=Corruption(replaced=0.0, align=2)
     ),
+    "simmim": SimMIMConfig(encoder=beit_vit(ENCODER), mask_size=8),
+    "simmim_swin": SimMIMConfig(
+        encoder=SwinConfig(image_size=32, width=16, depths=(2, 2), heads=(2, 2), window=3, mask_token=True), mask_size=8
+    ),
 }
 CACHED = ("moco_v3", "simclr", "byol", "moco_v2")
+STATEFUL = ("moco_v3", "moco_v2", "esvit", "ibot", "sit")
+INTERRUPTED = (*STATEFUL, "simmim")
 STAGES: dict[str, dict[str, Any]] = {
     "ibot 0": {"zero_stage": 0, "micro": 4},
     "ibot 2": {"zero_stage": 2, "checkpoint_activations": True},
@@ -58,6 +65,10 @@ STAGES: dict[str, dict[str, Any]] = {
     "sit 0": {"zero_stage": 0},
     "sit 2": {"zero_stage": 2, "checkpoint_activations": True},
     "sit 3": {"zero_stage": 3},
+    "simmim 0": {"zero_stage": 0, "micro": 4},
+    "simmim 2": {"zero_stage": 2, "checkpoint_activations": True},
+    "simmim 3": {"zero_stage": 3},
+    "simmim_swin 3": {"zero_stage": 3, "checkpoint_activations": True},
 }
 
 
@@ -87,7 +98,7 @@ def train(run: Any, **hooks: Any) -> dict[str, Any]:
     if torch.distributed.get_rank() != 0:
         return {}
     save_file({k: v.contiguous() for k, v in whole.items()}, output.with_name(output.name + ".safetensors"))
-    return {name: training.logged(output, name) for name in ("loss", "feature_std", "gradient_norm")}
+    return {name: training.logged(output, name) for name in ("loss", "gradient_norm")}
 
 
 def runs(scratch: Path) -> Any:
@@ -120,8 +131,9 @@ def runs(scratch: Path) -> Any:
     report["shuffled"] = shuffled()
     if world == 1:
         report |= {"dropped": dropped(scratch / "dropped"), "events": training.events(scratch / "moco_v3 accumulated")}
-        for name in ("moco_v3", "moco_v2", "esvit", "ibot", "sit"):
+        for name in STATEFUL:
             report[f"{name} poisoned"] = poisoned(scratch / f"{name} poisoned", name)
+        for name in INTERRUPTED:
             run = config(scratch / f"{name} parts", METHODS[name], micro=BATCH)
             training.train(run, stop_after=2)
             report[f"{name} parts"] = train(run)

@@ -4,7 +4,7 @@ import joint_runs
 import pytest
 import torch
 import training
-from joint_runs import CACHED, METHODS, POISON, STAGES, STEPS
+from joint_runs import CACHED, INTERRUPTED, METHODS, POISON, STAGES, STEPS
 from safetensors.torch import load_file
 
 from vitrail.engine.methods.mae import MAEConfig
@@ -134,7 +134,7 @@ def test_a_step_that_is_not_applied_leaves_no_state_behind(one, name):
         assert steps == [step != POISON for step in range(STEPS)], key
 
 
-@pytest.mark.parametrize("name", STATE)
+@pytest.mark.parametrize("name", INTERRUPTED)
 def test_interrupted_runs_continue_exactly(one, name):
     assert one.reports[f"{name} parts"]["loss"] == one.reports[name]["loss"]
     whole, parts = one.weights[name], one.weights[f"{name} parts"]
