@@ -100,8 +100,11 @@ class DINOv2Config(DINOConfig):
         return super().chain() | {"blur": blur, "window": self.blur_window}
 
     def demo(self) -> DINOv2Config:
-        """A small network, few prototypes, two small crops of 16 pixels."""
+        """A small network, few prototypes, two small crops of 16 pixels, balanced by Sinkhorn-Knopp."""
         fields = self.shrunk() | {"head_batch_norm": False, "patch_bottleneck": 64}
+        # In so few steps a moving centre, without batch normalisation beside it, does not keep prototypes in use.
+        fields["centering"] = "sinkhorn"
+        fields["encoder"] = replace(fields["encoder"], layer_scale=0.1)
         if self.patch_prototypes is not None:
             fields["patch_prototypes"] = 1024
         return replace(self, **fields)

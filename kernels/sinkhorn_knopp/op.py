@@ -15,7 +15,7 @@ from ..registry import Op, check_impl, register
 from ..softmax_row_pass.op import OP as ROW_PASS
 from ..softmax_row_pass.op import row_pass
 
-ABSENT = -1e30  # the log-scale of a row that does not count: finite, as a batch may hold no other
+ABSENT = -1e8  # log-scale of a row that does not count: below any other, and finite, as a batch may hold no other
 
 
 def _check(name: str, rows: torch.Tensor, temperature: float, iterations: int, group: dist.ProcessGroup | None) -> None:

@@ -90,6 +90,19 @@ def test_any_problem(rows, count, temperature, iterations):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_rows_that_do_not_count_change_nothing(impl):
+    teacher, prototypes = (matrix.to(kernel_device()) for matrix in features(21, 33))
+    valid = torch.arange(21, device=teacher.device) % 4 != 1
+    shift = sinkhorn_center(teacher[valid], prototypes, 0.8, impl=impl)
+    got = sinkhorn_center(teacher, prototypes, 0.8, valid=valid, impl=impl)
+    torch.testing.assert_close(got, shift, rtol=1e-5, atol=1e-5)
+    assert (got - sinkhorn_center(teacher, prototypes, 0.8, impl=impl)).abs().max() > 1e-3
+    assert sinkhorn_center(teacher, prototypes, 0.8, valid=valid & False, impl=impl).isfinite().all()
+    with pytest.raises(ValueError, match="valid"):
+        sinkhorn_center(teacher, prototypes, 0.8, valid=valid[1:], impl=impl)
+
+
 def test_logits_of_any_size_stay_finite():
     logits = 1000 * torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
     got = sinkhorn_knopp(logits, 0.07)

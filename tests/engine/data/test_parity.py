@@ -170,6 +170,7 @@ COLOUR = {
     "solarisation": (Solarize(p=1.0), 0, 0, 0),
     "solarisation from 77": (Solarize(p=1.0, threshold=77), 0, 0, 0),
     "blur": (GaussianBlur(p=1.0), 0.45, 0.9, 8),
+    "blur of nine taps": (GaussianBlur(p=1.0, window=9), 0.005, 0.05, 1),  # here both sample the Gaussian
 }
 
 

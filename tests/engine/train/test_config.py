@@ -25,6 +25,8 @@ DECISIVE = {
     "lars_variant": "simclr",
     "clip": 1.0,
     "clip_per_tensor": True,
+    "clip_per_part": True,
+    "scaling": "root",
 }
 
 
