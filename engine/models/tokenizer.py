@@ -213,11 +213,11 @@ class KMeansTokenizer(Tokenizer):
         self.register_buffer("codebook", torch.zeros(config.codes, 3 * config.patch_size**2))
 
     def vectors(self, images: Tensor) -> Tensor:
-        """Normalised patches `[B, L, 3 P P]`, float32."""
+        """Normalised patches `[B, L, 3 P P]`."""
         side = self.config.patch_size
         length = (images.shape[1] // side) * (images.shape[2] // side)
         every = torch.arange(length, device=images.device).expand(images.shape[0], -1)
-        pixels = masked_patch_gather(images, every, side, mean=(0.0,) * 3, std=(1.0,) * 3, dtype=torch.float32)
+        pixels = masked_patch_gather(images, every, side, mean=(0.0,) * 3, std=(1.0,) * 3, dtype=self.codebook.dtype)
         std, mean = torch.std_mean(pixels, dim=-1, keepdim=True)
         return (pixels - mean) / (std + self.config.contrast)
 
