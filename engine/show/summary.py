@@ -25,6 +25,7 @@ from ..evaluate.knn import knn_accuracy
 from ..evaluate.linear import linear_accuracy
 from ..methods.base import Method
 from ..methods.mae import MAE
+from ..methods.simmim import SimMIM
 from ..models.vit import VisionTransformer
 from .attention import show_attention
 from .matches import compare_correspondence, draw_matches, match_regions
@@ -51,7 +52,7 @@ def summarise(
 ) -> dict[str, dict[str, float]]:
     """Probe the trained features beside raw pixels and beside the same network untrained; write pictures.
 
-    Collective. Rank 0 writes `summary.json` and `curves.png` into the run's folder, for a masked autoencoder
+    Collective. Rank 0 writes `summary.json` and `curves.png` into the run's folder, for MAE and SimMIM
     `reconstructions.png`, for methods on several views `views.png` and `neighbours.png`, for a ViT `attention.png`,
     for methods that compare regions `matches.png`, and prints a table. Variants that were trained for comparison are
     probed too; `correspondence.png` shows how well regions find each other in each of the networks.
@@ -118,22 +119,26 @@ def _look(method: Method, config: RunConfig, val: Source, device: torch.device, 
     """Draw what an autoencoder paints and where a ViT looks."""
     network = method.backbone()
     with evaluation_mode(method, config.train.precision):
-        if isinstance(method, MAE):
+        if isinstance(method, (MAE, SimMIM)):
             _paint(method, config, val, device, rank)
         if isinstance(network, VisionTransformer):
             path = config.train.output / "attention.png"
             show_attention(network, val, config.data, path, device=device, count=LOOKS, rank=rank)
 
 
-def _paint(method: MAE, config: RunConfig, val: Source, device: torch.device, rank: int) -> None:
+def _paint(method: MAE | SimMIM, config: RunConfig, val: Source, device: torch.device, rank: int) -> None:
     """Reconstruct the first validation images; every rank computes, since ZeRO-3 needs them all."""
     images = some_images(val, method.views()[0].size, config.data, count=PICTURES, device=device)
     generator = torch.Generator(device).manual_seed(config.train.seed)
-    noise = torch.rand(images.shape[0], method.encoder.length, generator=generator, device=device)
+    if isinstance(method, MAE):
+        columns, hidden = method.encoder.length, method.encoder.length - method.visible
+    else:
+        columns, hidden = method.cells, method.hidden // method.scale**2
+    noise = torch.rand(images.shape[0], columns, generator=generator, device=device)
     pictures = method.reconstruct(images, noise)
     if rank == 0:
-        note = f"{100 * method.config.mask_ratio:.0f} % of the patches hidden"
-        if method.config.norm_pix:
+        note = f"{100 * hidden / columns:.0f} % of the patches hidden"
+        if isinstance(method, MAE) and method.config.norm_pix:
             note += "; painted patches borrow the true patch's mean and contrast"
         draw_reconstructions(pictures, config.train.output / "reconstructions.png", note=note)
 

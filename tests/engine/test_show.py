@@ -14,6 +14,7 @@ from vitrail.engine.data import DataConfig, open_source
 from vitrail.engine.methods.dino import DINOConfig
 from vitrail.engine.methods.esvit import EsViTConfig
 from vitrail.engine.methods.mae import MAEConfig
+from vitrail.engine.methods.simmim import SimMIMConfig
 from vitrail.engine.models.resnet import ResNetConfig
 from vitrail.engine.models.swin import SwinConfig
 from vitrail.engine.models.vit import ViTConfig, dino_vit, vit_tiny
@@ -181,12 +182,16 @@ def images(tmp_path_factory):
 
 PICTURES = {
     "mae": {"reconstructions.png", "attention.png"},
+    "simmim": {"reconstructions.png", "attention.png"},
     "dino": {"views.png", "neighbours.png", "attention.png"},
     "esvit": {"views.png", "neighbours.png", "matches.png", "correspondence.png"},
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), [("mae", MAEConfig), ("dino", DINOConfig), ("esvit", EsViTConfig)])
+KINDS = {"mae": MAEConfig, "simmim": SimMIMConfig, "dino": DINOConfig, "esvit": EsViTConfig}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_the_report_of_a_demo_has_what_its_method_has(name, kind, images, tmp_path, capsys, monkeypatch):
     for constant in ("PICTURES", "LOOKS", "COLUMNS"):  # every panel of a figure takes a while
         monkeypatch.setattr(summary, constant, 2)
