@@ -24,7 +24,7 @@ METHOD = BEiTConfig(
 
 
 def config(output: Path, *, micro: int, **train: Any) -> Any:
-    """A few steps in fp32 on the demo images, the network on 4 x 4 patches and the tokenizer on a crop half as large."""
+    """A few steps in fp32 on the demo images, the network on 4 x 4 patches, the tokenizer on a crop half as large."""
     settings = {"precision": "fp32", "batch_size": BATCH, "micro_batch": micro, **train}
     base = training.tiny_config(output, **settings, epochs=STEPS / (training.IMAGES // BATCH))
     return replace(
@@ -50,7 +50,7 @@ def train(run: Any, **hooks: Any) -> dict[str, Any]:
 
 
 def runs(scratch: Path) -> Any:
-    """One rank: in one pass, in parts, recomputed, interrupted; two ranks: every stage, and interrupted when sharded."""
+    """One rank: in one pass, in parts, recomputed, interrupted; two: every stage, and interrupted when sharded."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     report = {}
     if world == 1:

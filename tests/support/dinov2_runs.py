@@ -29,7 +29,8 @@ def runs(scratch: Path) -> Any:
     world = int(training.os.environ.get("WORLD_SIZE", "1"))
     micro = joint_runs.BATCH // world
     planned: dict[str, tuple[DINOv2Config, dict[str, Any]]] = {name: (m, {}) for name, m in METHODS.items()}
-    planned |= {f"balanced {stage}": (BALANCED, {"zero_stage": stage}) for stage in ((0, 3) if world == 1 else (0, 2, 3))}
+    stages = (0, 3) if world == 1 else (0, 2, 3)
+    planned |= {f"balanced {stage}": (BALANCED, {"zero_stage": stage}) for stage in stages}
     if world == 1:
         planned["balanced recomputed"] = BALANCED, {"checkpoint_activations": True}
         planned["centred accumulated"] = CENTRED, {"micro": 4}
