@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 try:
+    from vitrail.engine.methods.ibot import IBOTConfig
     from vitrail.engine.models.swin import swin_tiny
     from vitrail.engine.train import RunConfig, launch
     from vitrail.recipes.ibot_vits16 import recipe as vits16
@@ -24,6 +25,7 @@ def recipe() -> RunConfig:
     for the rest.
     """
     config = vits16()
+    assert isinstance(config.method, IBOTConfig)
     return replace(
         config,
         method=replace(
