@@ -26,6 +26,7 @@ from ..evaluate.linear import linear_accuracy
 from ..methods.base import Method
 from ..methods.mae import MAE
 from ..methods.simmim import SimMIM
+from ..methods.sit import SiT
 from ..models.vit import VisionTransformer
 from .attention import show_attention
 from .matches import compare_correspondence, draw_matches, match_regions
@@ -119,25 +120,27 @@ def _look(method: Method, config: RunConfig, val: Source, device: torch.device, 
     """Draw what an autoencoder paints and where a ViT looks."""
     network = method.backbone()
     with evaluation_mode(method, config.train.precision):
-        if isinstance(method, (MAE, SimMIM)):
+        if isinstance(method, (MAE, SimMIM, SiT)):
             _paint(method, config, val, device, rank)
         if isinstance(network, VisionTransformer):
             path = config.train.output / "attention.png"
             show_attention(network, val, config.data, path, device=device, count=LOOKS, rank=rank)
 
 
-def _paint(method: MAE | SimMIM, config: RunConfig, val: Source, device: torch.device, rank: int) -> None:
+def _paint(method: MAE | SimMIM | SiT, config: RunConfig, val: Source, device: torch.device, rank: int) -> None:
     """Reconstruct the first validation images; every rank computes, since ZeRO-3 needs them all."""
     images = some_images(val, method.views()[0].size, config.data, count=PICTURES, device=device)
     generator = torch.Generator(device).manual_seed(config.train.seed)
     if isinstance(method, MAE):
         columns, hidden = method.encoder.length, method.encoder.length - method.visible
-    else:
+    elif isinstance(method, SimMIM):
         columns, hidden = method.cells, method.hidden // method.scale**2
+    else:
+        columns, hidden = method.config.corruption.columns, 0
     noise = torch.rand(images.shape[0], columns, generator=generator, device=device)
     pictures = method.reconstruct(images, noise)
     if rank == 0:
-        note = f"{100 * hidden / columns:.0f} % of the patches hidden"
+        note = f"{100 * hidden / columns:.0f} % of the patches hidden" if hidden else "parts hidden, or other images'"
         if isinstance(method, MAE) and method.config.norm_pix:
             note += "; painted patches borrow the true patch's mean and contrast"
         draw_reconstructions(pictures, config.train.output / "reconstructions.png", note=note)

@@ -233,7 +233,7 @@ class TestSiTSteps:
         first = joint_steps.schedule
         monkeypatch.setattr(joint_steps, "schedule", lambda step, rows: first(0, rows))
         losses, flops = {}, set()
-        for name in sit_steps.IMPLEMENTATIONS["sit"]:
+        for name in ("vitrail", PEER, f"{PEER}, explicit attention, corrupting"):
             sizes = {"batch": 8, "image_size": 64, "depth": 2}
             work = steps.child().Work(family="sit", implementation=name, model="small", **sizes)
             step, operations = sit_steps.prepare(work, CPU)

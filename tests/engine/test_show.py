@@ -15,6 +15,7 @@ from vitrail.engine.methods.dino import DINOConfig
 from vitrail.engine.methods.esvit import EsViTConfig
 from vitrail.engine.methods.mae import MAEConfig
 from vitrail.engine.methods.simmim import SimMIMConfig
+from vitrail.engine.methods.sit import SiTConfig
 from vitrail.engine.models.resnet import ResNetConfig
 from vitrail.engine.models.swin import SwinConfig
 from vitrail.engine.models.vit import ViTConfig, dino_vit, vit_tiny
@@ -184,11 +185,12 @@ PICTURES = {
     "mae": {"reconstructions.png", "attention.png"},
     "simmim": {"reconstructions.png", "attention.png"},
     "dino": {"views.png", "neighbours.png", "attention.png"},
+    "sit": {"views.png", "neighbours.png", "attention.png", "reconstructions.png"},
     "esvit": {"views.png", "neighbours.png", "matches.png", "correspondence.png"},
 }
 
 
-KINDS = {"mae": MAEConfig, "simmim": SimMIMConfig, "dino": DINOConfig, "esvit": EsViTConfig}
+KINDS = {"mae": MAEConfig, "simmim": SimMIMConfig, "dino": DINOConfig, "esvit": EsViTConfig, "sit": SiTConfig}
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())
