@@ -172,8 +172,9 @@ class IBOT(DINO):
         mine = everywhere.view(-1, GLOBAL_CROPS)[schedule.first_row : schedule.first_row + images]
         counts = mine.T.flatten()
         masks = self.place(moved(counts, device), images, schedule)
-        # At least one place: a rank that hides nothing must not leave out what others send gradients of.
-        rows, weight = masked_rows(masks, max(1, int(counts.sum())))
+        # Never none: a rank that hides nothing must not leave out what others send gradients of. Two, since batch
+        # normalisation in the head takes no single row.
+        rows, weight = masked_rows(masks, max(2, int(counts.sum())))
         share = float((everywhere > 0).float().mean()) if config.mean_over_masked else 1.0
         return Hidden(masks, rows, weight / (max(share, 1e-9) * len(counts)))
 

@@ -245,9 +245,10 @@ def test_micro_batches_hide_what_the_whole_batch_does(name):
     assert not torch.equal(method.hide(IMAGES, schedule(1), torch.device("cpu")).masks, whole.masks)
 
 
-def test_nothing_is_hidden_before_an_epoch():
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_nothing_is_hidden_before_an_epoch(batch_norm):
     """Every parameter still gets a gradient, as on a rank whose crops all stay whole."""
-    method = built("own prototypes", mask_epoch=2)
+    method = built("own prototypes", mask_epoch=2, head_batch_norm=batch_norm)
     loss, metrics = method(batch(method.config, 0), schedule(epoch=1.9))
     assert metrics["masked"] == metrics["patch_loss"] == 0
     loss.backward()
