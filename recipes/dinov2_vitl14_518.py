@@ -1,10 +1,10 @@
-"""The end of DINOv2's pre-training: ViT-L/14 on images of 518 pixels (Oquab et al., arXiv 2304.07193, section 6).
+"""The end of DINOv2's pre-training: ViT-L/14 on images of 518 pixels (Oquab et al., arXiv 2304.07193).
 
     deepspeed recipes/dinov2_vitl14_518.py --data.path /imagenet22k --train.init-from runs/dinov2_vitl14/checkpoints/...
 
 It starts from a checkpoint of `dinov2_vitl14.py`, whose positions are stretched from 16 x 16 to 37 x 37 patches. The
-paper takes the procedure of the run before, compressed into 10,000 steps, at a lower learning rate that it does not
-print: here a tenth.
+paper's last phase has 10,000 steps; the schedules are compressed into them, at a tenth of the learning rate, which is
+this recipe's choice.
 """
 
 from dataclasses import replace
