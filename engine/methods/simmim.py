@@ -18,6 +18,7 @@ from vitrail.kernels import masked_patch_gather
 from ..data.views import HorizontalFlip, RandomResizedCrop, View
 from ..models.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
 from ..models.block import take_rows
+from ..models.pixels import standardised
 from ..models.vit import ViTConfig, beit_vit, vit_base
 from .base import Method, MethodConfig, Schedule
 from .mae import Reconstruction, painting
@@ -152,6 +153,8 @@ class SimMIM(Method):
     def _pixels(self, images: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
         """Normalised pixels of some regions, `[B, M, 3 S S]`."""
         config = self.config
+        if config.encoder.pixels == "image":
+            images = standardised(images)
         return masked_patch_gather(images, places, config.region, mean=config.mean, std=config.std, dtype=dtype)
 
     def undecayed(self) -> list[nn.Parameter]:

@@ -164,13 +164,17 @@ def test_masks_of_the_published_size():
     assert masks.real.sum() == counts.sum()
 
 
-def test_the_loss_is_the_mean_over_hidden_patches_of_what_the_tokenizer_says():
-    model = taught(tiny(least_area=5))
-    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
-    loss, metrics = model(SimpleNamespace(views=[images]), schedule())
+@pytest.mark.parametrize("side", [8, 4])  # of the tokenizer's patches; 4: it has a view of its own
+def test_the_loss_is_the_mean_over_hidden_patches_of_what_the_tokenizer_says(side):
+    tokenizer = KMeansTokenizerConfig(patch_size=side, codes=64)
+    model = taught(tiny(tokenizer=tokenizer, mask_count=10, least_area=9))
+    views = [torch.randint(0, 256, (8, *view.size, 3), dtype=torch.uint8) for view in model.views()]
+    images = views[0]
+    assert [view.shape[1] for view in views] == ([32] if side == 8 else [32, 16])
+    loss, metrics = model(SimpleNamespace(views=views), schedule())
     masks = model.masks(schedule().uniform(8, 192, images.device))
     assert masks.hidden.sum(1).float().std() > 0  # not all images hide as many
-    names = model.tokenizer(images)[masks.hidden]
+    names = model.tokenizer(views[-1])[masks.hidden]
     logits = model.lm_head(model.encoder(images, None, False, masks.hidden)[:, 1:][masks.hidden])
     assert loss.item() == pytest.approx(F.cross_entropy(logits, names).item(), rel=1e-12)
     assert metrics["accuracy"].item() == pytest.approx((logits.argmax(1) == names).double().mean().item(), rel=1e-6)
