@@ -12,6 +12,7 @@ from torch import Tensor
 from vitrail.engine.interop.mae import load_exactly
 from vitrail.engine.methods.base import Schedule
 from vitrail.engine.methods.simmim import Masks, SimMIM, SimMIMConfig
+from vitrail.engine.models.pixels import standardised
 from vitrail.engine.models.resnet import ResNetConfig
 from vitrail.engine.models.swin import SwinConfig, swin_large
 from vitrail.engine.models.vit import ViTConfig, beit_vit, vit_base
@@ -303,6 +304,20 @@ def test_uint8_images_equal_normalised_floats(kind):
     with torch.autocast("cpu", torch.bfloat16):  # pixels and differences stay in float32
         assert model.loss(pixels, masks).item() == pytest.approx(loss.item(), rel=5e-3)
         assert model.loss(pixels, masks).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_pixels_are_guessed_in_the_light_in_which_they_are_seen(kind):
+    torch.manual_seed(0)
+    config = TINY[kind]
+    model = replace(config, encoder=replace(config.encoder, pixels="image")).build().double()
+    plain = config.build().double()
+    plain.load_state_dict(model.state_dict())
+    images, noise = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.rand(2, model.cells)
+    expected = plain.loss(standardised(images), plain.masks(noise))
+    assert model.loss(images, model.masks(noise)).item() == pytest.approx(expected.item(), rel=1e-12)
+    seen = torch.randint(0, 100, (2, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(model.float().reconstruct(seen, noise).image, standardised(seen))
 
 
 @pytest.mark.parametrize("kind", TINY)
