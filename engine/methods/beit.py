@@ -61,13 +61,15 @@ class BEiTConfig(MethodConfig):
 
     def demo(self) -> BEiTConfig:
         """A small ViT, and names that k-means finds; digits are neither mirrored nor cut up."""
-        encoder = replace(self.encoder.demo(), drop_path=0.0)
+        # In a short run biases that start at zero do not become places, and small branches not large.
+        encoder = replace(self.encoder.demo(), patch_size=8, pixels="image", drop_path=0.0)
+        encoder = replace(encoder, positions="learned_sincos", layer_scale=0.0, init="mae")
         return replace(
             self,
             encoder=encoder,
-            tokenizer=KMeansTokenizerConfig(patch_size=4, codes=256, images=2000),
-            mask_count=25,
-            least_area=4,
+            tokenizer=KMeansTokenizerConfig(patch_size=8, codes=64, images=2000, contrast=0.1),
+            mask_count=6,
+            least_area=1,
             crop_scale=(0.7, 1.0),
             flip=0.0,
             jitter=(0.0, 0.0, 0.0),
@@ -75,7 +77,7 @@ class BEiTConfig(MethodConfig):
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
-        return DemoRun(epochs=12, batch_size=128, lr=2e-3)
+        return DemoRun(epochs=8, batch_size=128, lr=1e-3)
 
 
 class Masks(NamedTuple):

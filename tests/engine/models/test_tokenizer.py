@@ -103,9 +103,12 @@ def test_names_are_the_largest_logits(dtype):
     assert names.shape == (3, 24)
     assert names.unique().numel() > 5
     assert torch.equal(names, expected)
-    rows = torch.tensor([71, 0, 5, 5, 30])
+    rows, vectors = torch.tensor([71, 0, 5, 5, 30]), tokenizer.vectors(images)
+    scores = tokenizer.scores(vectors[0])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tokenizer(images, rows), expected.flatten()[rows])
+        assert torch.equal(tokenizer.vectors(images), vectors)
+        assert torch.equal(tokenizer.scores(vectors[0]), scores)
 
 
 def test_weights_come_from_a_file(tmp_path):
@@ -172,8 +175,10 @@ def test_names_are_the_nearest_typical_patches():
     assert (names == expected).float().mean() > 0.999  # ties up to rounding
     assert names.unique().numel() == 12
     rows = torch.tensor([479, 3, 3, 0, 250])
+    scores = tokenizer.scores(tokenizer.vectors(images)[0])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tokenizer(images, rows), names.flatten()[rows])
+        assert torch.equal(tokenizer.scores(tokenizer.vectors(images)[0]), scores)
 
 
 def test_typical_patches_are_better_than_random_ones_and_always_the_same():
