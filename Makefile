@@ -27,8 +27,9 @@ $(STAMP): setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 demo: $(STAMP)
 	$(BIN)/deepspeed recipes/mae_vith.py --demo $(ARGS)
 
+# Two processes, a file of tests in one of them: most tests wait for one core.
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(STAMP) links
 	$(BIN)/ruff format --check .

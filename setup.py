@@ -246,6 +246,7 @@ if __name__ == "__main__":
             "dev": [
                 "pytest>=8",
                 "pytest-benchmark>=5",
+                "pytest-xdist>=3.6",
                 "hypothesis>=6.100",
                 "ruff>=0.6",
                 "mypy>=1.11",

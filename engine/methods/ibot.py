@@ -93,7 +93,7 @@ class IBOTConfig(DINOConfig):
 
     def demo_run(self) -> DemoRun:
         """What learns within minutes on two CPU cores."""
-        return DemoRun(epochs=8, batch_size=128, lr=4e-3, weight_decay=0.04)
+        return DemoRun(epochs=7, batch_size=128, lr=4e-3, weight_decay=0.04)
 
 
 class Hidden(NamedTuple):

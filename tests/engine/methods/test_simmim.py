@@ -357,12 +357,17 @@ def test_flops_count_the_work_that_is_done(kind):
     torch.manual_seed(0)
     config = TINY[kind]
     wide = {"width": 64, "depth": 3} if kind == "vit" else {"width": 48, "window": 4}
-    model = replace(config, encoder=replace(config.encoder, **wide)).build()
-    images, noise = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8), torch.rand(4, model.cells)
-    with FlopCounterMode(display=False) as counter:
-        model.loss(images, model.masks(noise)).backward()
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    counted, said = [], []
+    for ratio in (0.3, 1.0):
+        model = replace(config, encoder=replace(config.encoder, **wide), mask_ratio=ratio).build()
+        with FlopCounterMode(display=False) as counter:
+            model.loss(images, model.masks(torch.rand(4, model.cells))).backward()
+        counted.append(counter.get_total_flops())
+        said.append(model.flops(4))
     # Nobody needs the gradient of the pixels, and attention computes its scores again.
-    assert counter.get_total_flops() == pytest.approx(model.flops(4), rel=0.06)
+    assert counted == pytest.approx(said, rel=0.06)
+    assert counted[1] - counted[0] == said[1] - said[0] > 0  # what the decoder does for regions that are hidden
 
 
 def groups_of(config) -> tuple[set[str], set[str]]:
