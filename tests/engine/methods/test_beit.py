@@ -258,13 +258,22 @@ def test_dali_and_pillow_cut_the_same_box():
 
 
 def test_flops_are_those_that_a_step_runs():
-    config = tiny(encoder=replace(tiny().encoder, width=64), tokenizer=KMeansTokenizerConfig(patch_size=4, codes=64))
-    model = taught(config).float()
+    # So many names that naming counts.
+    tokenizer = KMeansTokenizerConfig(patch_size=4, codes=512)
+    model = taught(tiny(encoder=replace(tiny().encoder, width=64), tokenizer=tokenizer)).float()
     views = [torch.randint(0, 256, (16, side, side, 3), dtype=torch.uint8) for side in (32, 16)]
     with FlopCounterMode(display=False) as counter:
         model(SimpleNamespace(views=views), schedule(global_rows=16))[0].backward()
     unneeded = 2 * 16 * 16 * 192 * 64  # the patch projection has no input gradient
     assert counter.get_total_flops() == pytest.approx(model.flops(16) - unneeded, rel=0.01)
+
+
+def test_features_are_the_mean_of_the_patches():
+    torch.manual_seed(0)
+    model = tiny().build().eval()
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    torch.testing.assert_close(model.features(images), model.encoder(images)[:, 1:].mean(1))
+    assert model.backbone() is model.encoder
 
 
 def test_decay_is_the_released_codes():
