@@ -29,7 +29,7 @@ demo: $(STAMP)
 
 # Two processes, a file of tests in one of them: most tests wait for one core.
 test: $(STAMP)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP) links
 	$(BIN)/ruff format --check .
