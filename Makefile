@@ -27,7 +27,7 @@ $(STAMP): setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 demo: $(STAMP)
 	$(BIN)/deepspeed recipes/mae_vith.py --demo $(ARGS)
 
-# Two processes, a file of tests in one of them: most tests wait for one core.
+# In two processes, each file as a whole in one of them: most tests keep one core busy.
 test: $(STAMP)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
