@@ -45,12 +45,16 @@ class Centers(nn.Module):
     def observe(self, *heads: Distilled, valid: Tensor | None = None) -> None:
         """Take in a micro-batch of the teacher's, whose rows count alike on all ranks and in all micro-batches.
 
+        Without centres there is nothing to move.
+
         The logits are those of the prototypes before this step's update, so the new centre is made here and waits.
 
         Args:
             heads: what each head makes of the micro-batch.
             valid: the rows that count, bool `[R]`, where others only fill up a buffer; None counts all.
         """
+        if not len(self.value):
+            return
         sums = torch.stack([_summed(head.features, valid) for head in heads])
         group = all_ranks()
         if group is not None:

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vitrail.kernels import cross_view_match, prototype_cross_entropy
+from vitrail.kernels import cross_view_match, prototype_cross_entropy, sinkhorn_center
 
 from ..data.chains import dino_views
 from ..data.views import View
@@ -25,7 +25,7 @@ from ..models.multi_crop import group_views
 from ..models.vit import ViTConfig, dino_vit, vit_small
 from .base import DemoRun, Method, MethodConfig, MomentumPair, Schedule
 from .centers import Centers, Distilled
-from .joint import spread
+from .joint import all_ranks, spread
 from .schedules import cosine_momentum, warmed_temperature
 
 GLOBAL_CROPS = 2
@@ -57,6 +57,10 @@ class DINOConfig(MethodConfig):
     """Temperature of the teacher's softmax in the first epoch."""
     warmup_teacher_temp_epochs: int = 0
     """Epochs from the one temperature to the other."""
+    centering: Literal["centering", "sinkhorn"] = "centering"
+    """What balances the teacher's targets: a moving mean of its logits, or Sinkhorn-Knopp within the batch."""
+    sinkhorn_iterations: int = 3
+    """Alternations of Sinkhorn-Knopp."""
     center_momentum: float = 0.9
     """Share of the old centre in the new one."""
     momentum: float = 0.996
@@ -162,12 +166,17 @@ class DINO(Method):
         self.teacher = still(self.student)
         self.student_heads = nn.ModuleDict({name: config.build_head(name) for name in config.heads})
         self.teacher_heads = still(self.student_heads)
-        self.centers = Centers(len(config.heads), config.prototypes, config.center_momentum)
+        self.compares_images = config.centering == "sinkhorn"
+        self.centers = self.build_centers(len(config.heads), config.prototypes)
         if config.pack_crops and not hasattr(self.student, "forward_packed"):
             raise ValueError(
                 f"pack_crops puts the crops into one sequence of tokens, and {type(self.student).__name__} has none: "
                 "pass --method.no-pack-crops"
             )
+
+    def build_centers(self, heads: int, prototypes: int) -> Centers:
+        """Moving means of some heads' logits; none where Sinkhorn-Knopp balances the targets."""
+        return Centers(heads if self.config.centering == "centering" else 0, prototypes, self.config.center_momentum)
 
     def views(self) -> list[View]:
         """Two large crops and the small ones, from one decoded image."""
@@ -221,12 +230,36 @@ class DINO(Method):
     def cross_entropy(
         self, student: Distilled, teacher: Distilled, head: int, match: Tensor, weight: Tensor | None, epoch: float
     ) -> Tensor:
-        """The loss of some pairs of rows under the temperatures of the epoch and a head's centre."""
+        """The loss of some pairs of rows under the temperatures of the epoch, the head's targets balanced."""
         config = self.config
         temperature = warmed_temperature(
             epoch, config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
         )
-        return self.distil(student, teacher, temperature, self.centers.value[head], match=match, weight=weight)
+        center = self.balance(teacher, self.centers, temperature, head=head)
+        return self.distil(student, teacher, temperature, center, match=match, weight=weight)
+
+    def balance(
+        self,
+        teacher: Distilled,
+        centers: Centers,
+        temperature: float,
+        *,
+        head: int = 0,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """What the teacher's logits are reduced by, `[K]`, so that no prototype takes all.
+
+        Args:
+            teacher: its rows `[Q, d]`.
+            centers: the moving means.
+            temperature: of the teacher's softmax.
+            head: whose mean it is.
+            valid: the rows that count, bool `[Q]`; None counts all.
+        """
+        if self.config.centering == "centering":
+            return centers.value[head]
+        iterations, group = self.config.sinkhorn_iterations, all_ranks()
+        return sinkhorn_center(*teacher, temperature, iterations, group=group, valid=valid)
 
     def distil(
         self,

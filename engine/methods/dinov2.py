@@ -8,22 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitrail.kernels import cross_view_match, koleo_loss, sinkhorn_center
+from vitrail.kernels import cross_view_match, koleo_loss
 
 from ..models.block import SUBSET_RATE
 from ..models.heads import DINOHead, head_flops
 from ..models.multi_crop import group_views
 from ..models.vit import ViTConfig, dinov2_vit, vit_large
 from .base import DemoRun, Schedule
-from .centers import Centers, Distilled
+from .centers import Distilled
 from .dino import DINO, GLOBAL_CROPS, DINOConfig
 from .ibot import Hidden, moved
-from .joint import all_ranks, spread
+from .joint import spread
 from .masks import BLOCK_COLUMNS, block_masks, dinov2_counts, masked_rows, ranks
 from .schedules import warmed_temperature_by_step
 
@@ -43,10 +43,6 @@ class DINOv2Config(DINOConfig):
     """Width of the unit vectors that these are multiplied with."""
     norm_last_layer: bool = False
     """Prototypes stay of unit length, which is stabler; trained lengths are better at the end."""
-    centering: Literal["centering", "sinkhorn"] = "centering"
-    """What balances the teacher's targets: a moving mean of its logits, or Sinkhorn-Knopp within the batch."""
-    sinkhorn_iterations: int = 3
-    """Alternations of Sinkhorn-Knopp."""
     teacher_temp: float = 0.07
     """Temperature of the teacher's softmax after its warm-up, of views and of patches."""
     warmup_teacher_temp_epochs: float = 30  # type: ignore[assignment]
@@ -130,11 +126,9 @@ class DINOv2(DINO):
                 "which have no statistics in common; pass --method.no-head-batch-norm"
             )
         super().__init__(config)
-        self.compares_images = bool(config.koleo_weight) or config.centering == "sinkhorn"
-        patches = config.patch_prototypes or config.prototypes
-        centred = int(config.centering == "centering")
-        self.centers = Centers(centred, config.prototypes, config.center_momentum)
-        self.patch_centers = Centers(centred, patches, config.center_momentum)
+        self.compares_images = self.compares_images or bool(config.koleo_weight)
+        self.centers = self.build_centers(1, config.prototypes)
+        self.patch_centers = self.build_centers(1, config.patch_prototypes or config.prototypes)
 
     def forward(self, batch: Any, schedule: Schedule) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of views, of hidden patches, and of class tokens too close to each other."""
@@ -149,9 +143,8 @@ class DINOv2(DINO):
         view_loss = self.view_loss_at(student, teacher, temperature, crops=len(crops))
         patch_loss = self.patch_loss(guessed, taught, temperature, hidden.weight)
         koleo = self.koleo(views)
-        if config.centering == "centering":
-            self.centers.observe(teacher)
-            self.patch_centers.observe(taught, valid=hidden.weight > 0)
+        self.centers.observe(teacher)
+        self.patch_centers.observe(taught, valid=hidden.weight > 0)
         loss = view_loss + config.patch_weight * patch_loss + config.koleo_weight * koleo
         return loss, {
             "loss": loss.detach(),
@@ -228,22 +221,6 @@ class DINOv2(DINO):
         """
         center = self.balance(teacher, self.patch_centers, temperature, valid=weight > 0)
         return self.distil(student, teacher, temperature, center, weight=weight)
-
-    def balance(
-        self, teacher: Distilled, centers: Centers, temperature: float, *, valid: Tensor | None = None
-    ) -> Tensor:
-        """What the teacher's logits are reduced by, `[K]`, so that no prototype takes all.
-
-        Args:
-            teacher: its rows `[Q, d]`.
-            centers: the moving mean.
-            temperature: of the teacher's softmax.
-            valid: the rows that count, bool `[Q]`.
-        """
-        if self.config.centering == "centering":
-            return centers.value[0]
-        iterations, group = self.config.sinkhorn_iterations, all_ranks()
-        return sinkhorn_center(*teacher, temperature, iterations, group=group, valid=valid)
 
     def koleo(self, views: Tensor) -> Tensor:
         """Sum over the two large crops of the KoLeo loss of their class tokens `[V n, D]`, before the head.

@@ -18,7 +18,7 @@ from ..models.multi_crop import group_views
 from ..models.swin import SwinConfig
 from ..models.vit import ViTConfig, dino_vit, vit_small
 from .base import DemoRun, Schedule
-from .centers import Centers, Distilled
+from .centers import Distilled
 from .dino import DINO, GLOBAL_CROPS, DINOConfig
 from .joint import spread
 from .masks import BLOCK_COLUMNS, block_masks, ibot_columns, ibot_counts, masked_rows
@@ -120,7 +120,7 @@ class IBOT(DINO):
                 "pass --method.encoder.mask-token"
             )
         super().__init__(config)
-        self.patch_centers = Centers(1, config.patch_prototypes or config.prototypes, config.center_momentum)
+        self.patch_centers = self.build_centers(1, config.patch_prototypes or config.prototypes)
         height, width = encoder.size
         strip = encoder.patch_size  # of one region's width
         self.grid = encoder.regions_at((height, strip)), encoder.regions_at((strip, width))
@@ -201,7 +201,8 @@ class IBOT(DINO):
         temperature = warmed_temperature(
             epoch, config.warmup_patch_teacher_temp, config.patch_teacher_temp, config.warmup_teacher_temp_epochs
         )
-        return self.distil(student, teacher, temperature, self.patch_centers.value[0], weight=weight)
+        center = self.balance(teacher, self.patch_centers, temperature, valid=weight > 0)
+        return self.distil(student, teacher, temperature, center, weight=weight)
 
     def after_step(self, applied: bool) -> None:
         """Move both centres, which the losses use from the next step on."""

@@ -43,6 +43,11 @@ METHODS = {
     "moco_v2": MoCoV2Config(encoder=ENCODER, dim=16, queue=32),
     "dino": DINOConfig(encoder=replace(dino_vit(ENCODER), drop_path=0.0), **CROPS, norm_last_layer=False),
     "esvit": EsViTConfig(encoder=SwinConfig(image_size=32, width=16, depths=(2, 2), heads=(2, 2), window=3), **CROPS),
+    "esvit_sinkhorn": EsViTConfig(
+        encoder=SwinConfig(image_size=32, width=16, depths=(2, 2), heads=(2, 2), window=3),
+        **CROPS,
+        centering="sinkhorn",
+    ),
     "ibot": IBOTConfig(
         encoder=replace(dino_vit(ENCODER), drop_path=0.0, mask_token=True), patch_prototypes=24, **CROPS
     ),

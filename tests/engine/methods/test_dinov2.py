@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import dense_losses
 import dinov2_runs
 import joint_runs
 import numpy as np
@@ -77,15 +78,6 @@ def built(name: str, **changes):
         for parameter in (side.cls_token, side.mask_token):
             torch.nn.init.normal_(parameter)
     return method
-
-
-def loop(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Three alternations on a matrix in memory, as published."""
-    matrix = (logits / temperature).exp().T
-    for _ in range(3):
-        matrix = matrix / matrix.sum(1, keepdim=True)
-        matrix = matrix / matrix.sum(0, keepdim=True)
-    return matrix.T
 
 
 # --- the released code's numbers ------------------------------------------------------------------------------------
@@ -164,7 +156,7 @@ class Dense:
 
     def targets(self, number: int, logits: torch.Tensor, temperature: float) -> torch.Tensor:
         if self.config.centering == "sinkhorn":
-            return loop(logits, temperature)
+            return dense_losses.sinkhorn(logits, temperature)
         return ((logits - self.centers[number]) / temperature).softmax(1)
 
     def loss(self, crops, masks, step: int):
