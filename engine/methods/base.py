@@ -84,6 +84,8 @@ class DemoRun:
     """Epochs of linear warm-up."""
     weight_decay: float = 0.05
     """Of that optimiser."""
+    rival_share: float = 1.0
+    """Length of the variants that are trained for comparison, over that of the demo itself."""
 
 
 @dataclass(kw_only=True)

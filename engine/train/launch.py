@@ -113,12 +113,15 @@ def _train(config: RunConfig, train: Source, val: Source | None, *, demo: bool) 
     if demo and result.finished and val is not None:
         from ..show.summary import summarise
 
-        rivals = {}
+        rivals, epochs = {}, config.train.epochs * config.method.demo_run().rival_share
+        # A variant may compare images where the method does not: whoever chose to accumulate has accepted that.
+        train_config = replace(config.train, epochs=epochs, accumulation=config.accumulation(world))
         for name, method in config.method.demo_rivals().items():
             if rank == 0:
                 print(f"\n{name}, to compare with")  # noqa: T201 - a heading for what follows
             output = config.train.output / name.replace(" ", "-")
-            other = Trainer(replace(config, method=method, train=replace(config.train, output=output)), **place).run()
+            variant = replace(config, method=method, train=replace(train_config, output=output))
+            other = Trainer(variant, **place).run()
             if not other.finished:
                 return
             rivals[name] = other.method

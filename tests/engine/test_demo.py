@@ -2,19 +2,25 @@
 
 import importlib
 import json
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from vitrail.engine.show import summary
 from vitrail.engine.show.instability import compare
 from vitrail.engine.show.pictures import draw_grid
+from vitrail.engine.train import ds, trainer
 from vitrail.engine.train.config import ConfigError
 from vitrail.engine.train.demo import provoke, shrink
 from vitrail.engine.train.grad_cache import check_comparisons
-from vitrail.engine.train.launch import check_method, parse
+from vitrail.engine.train.launch import _train, check_method, parse
 from vitrail.engine.train.optimizers import choose
 
 RECIPES = sorted(path.stem for path in Path(__file__).parents[2].glob("recipes/*_*.py") if "__" not in path.stem)
@@ -55,6 +61,63 @@ def test_demos_keep_the_method_and_take_its_settings(name):
     assert (
         getattr(demo.method, "region_epoch", 0) == 0
     )  # regions are compared from the start, however late they were to
+
+
+def test_the_rivals_of_esvit_differ_in_the_region_loss_alone():
+    method = shrink(recipe("esvit_swint_w7")).method
+    both, alone = (method.demo_rivals()[name] for name in ("views and regions", "views alone"))
+    assert {field.name for field in fields(both) if getattr(both, field.name) != getattr(alone, field.name)} == {
+        "region_loss"
+    }
+    assert both.region_loss
+    assert both.flip == 0.5
+    assert both.encoder == method.encoder
+    assert not alone.demo_rivals()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_rivals_are_trained_in_folders_of_their_own(monkeypatch, tmp_path, finished):
+    """They accumulate as the demo does, which methods that compare images have to be told, and train half as long."""
+    config, _ = parse(
+        importlib.import_module("vitrail.recipes.esvit_swint_w7").recipe,
+        ["--demo", "--train.micro-batch", "32", "--train.epochs", "4", "--train.output", str(tmp_path)],
+    )
+    trained, reports = [], []
+
+    class Trainer:
+        def __init__(self, config, **place):
+            check_comparisons(config.method.build(), config, place["world"])
+            self.config = config
+
+        def run(self):
+            trained.append(self.config)
+            return SimpleNamespace(finished=finished or len(trained) < 3, method=self.config.method)
+
+    monkeypatch.setattr(ds, "start_processes", lambda: (0, 1, torch.device("cpu")))
+    monkeypatch.setattr(trainer, "Trainer", Trainer)
+    monkeypatch.setattr(summary, "summarise", lambda result, config, **given: reports.append((config, given["rivals"])))
+    _train(config, None, SimpleNamespace(), demo=True)
+    demo, *others = trained
+    rivals = config.method.demo_rivals()
+    assert demo is config
+    assert [other.method for other in others] == list(rivals.values())
+    assert {other.train.output for other in others} == {tmp_path / name.replace(" ", "-") for name in rivals}
+    assert {(other.train.epochs, other.accumulation(1)) for other in others} == {(2.0, 4)}
+    assert reports == ([(config, rivals)] if finished else [])
+
+
+@pytest.mark.demo
+@pytest.mark.launch
+@pytest.mark.slow
+def test_the_demo_of_esvit_learns_digits_and_finds_regions_again(tmp_path):
+    """What it says it shows: nearest neighbours beyond the untrained network's, and what the region loss is for."""
+    script = Path(__file__).parents[2] / "recipes" / "esvit_swint_w7.py"
+    subprocess.run([sys.executable, script, "--demo", "--train.output", tmp_path / "run"], check=True, cwd=tmp_path)
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    knn = {name: row["knn"] for name, row in found["accuracy"].items()}
+    assert knn["trained network"] >= knn["untrained network"] + 0.15
+    regions = {name: numbers["accuracy"] for name, numbers in found["correspondence"].items()}
+    assert regions["views and regions"] >= max(regions["views alone"], regions["untrained network"]) + 0.03
 
 
 def test_a_method_that_cannot_be_built_is_refused():

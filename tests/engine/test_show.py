@@ -211,8 +211,7 @@ def test_the_report_of_a_demo_has_what_its_method_has(name, kind, images, tmp_pa
     told = capsys.readouterr().out
     assert ("regions" in told) == ("chance" in told) == (name == "esvit")
     if name == "esvit":
-        assert set(found["correspondence"]) == {"untrained network", "trained network", "views alone"} <= set(rows)
-        assert not rivals["views alone"].config.region_loss
+        assert set(found["correspondence"]) == {"untrained network", "trained network", *rivals} <= set(rows)
         numbers = found["correspondence"]["trained network"]
         precise = match_regions(trained.method, source, images, precision="bf16", batch=3, device=device)
         assert (numbers["chance"], numbers["images"]) == (1 / 16, 24)
