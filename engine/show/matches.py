@@ -111,7 +111,7 @@ def _draw_bars(axis: Any, reports: dict[str, Correspondence]) -> None:
     for place, report in zip(places, reports.values(), strict=True):
         line = [100 * report.chance] * 2
         axis.plot((place - 0.45, place + 0.45), line, "k--", linewidth=1, label="" if place else "chance")
-    axis.set_xticks(places, list(reports), fontsize=8)
+    axis.set_xticks(places, list(reports), fontsize=8, rotation=20, ha="right")
     axis.set_ylim(0, 115)
     axis.set_title("regions found again, %", fontsize=8)
     axis.legend(fontsize=6, loc="upper left")
