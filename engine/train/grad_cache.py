@@ -50,7 +50,7 @@ def check_comparisons(method: Method, config: RunConfig, world: int) -> str | No
         return None
     told = (
         f"{accumulation} micro-batches are accumulated: {name} sees {seen} images at a time, not {train.batch_size}, "
-        "in its batch statistics" + (" and its negatives" if method.compares_images else "")
+        "in its batch statistics" + (" and in what it compares images with" if method.compares_images else "")
     )
     if method.compares_images and train.accumulation is None:
         cachable = isinstance(method, JointEmbedding) and not _has_batch_norm(method)
