@@ -62,7 +62,7 @@ class EsViTConfig(DINOConfig):
         """With and without the loss of regions, which is there to make regions find each other in a mirror image.
 
         Both see mirrored crops, which digits are told apart better without: the demo itself has none. And they do
-        without batch normalisation in the heads, beside which so short a run shows nothing of the region loss.
+        without batch normalisation in the heads, beside which the region loss shows only in a longer run.
         """
         if not self.region_loss:
             return {}

@@ -201,10 +201,7 @@ def test_steps_are_those_of_the_dense_form(name):
             descend(one.parameters())
             follow(one, 0.6)
         method.after_step(True)
-        for centers, expected in (
-            (method.centers, dense.centers),
-            (method.patch_centers, dense.patch_centers),
-        ):
+        for centers, expected in ((method.centers, dense.centers), (method.patch_centers, dense.patch_centers)):
             if method.config.centering == "centering":
                 torch.testing.assert_close(centers.value[0], expected, rtol=1e-9, atol=1e-12)
                 assert centers.value.abs().max() > 0
