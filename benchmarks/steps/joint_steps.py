@@ -43,6 +43,7 @@ from vitrail.engine.models.vit import (
     vit_small,
 )
 from vitrail.engine.train import OptimConfig, optimizers
+from vitrail.engine.train.host_memory import keep_freed_memory
 from vitrail.kernels import FusedAdamWEMA, multi_tensor_ema_
 
 MODELS = {"small": vit_small, "base": vit_base, "large": vit_large}
@@ -129,6 +130,8 @@ def trainers_step(method: Method, views: list[Tensor], clip: float = 0.0) -> Cal
         views: uint8 images, one tensor for each view.
         clip: longest that the gradient of a tensor may be; 0 for any length.
     """
+    if views[0].device.type == "cpu":
+        keep_freed_memory()
     batch = SimpleNamespace(views=views)
     defer_statistics(method)
     pairs = [

@@ -19,6 +19,7 @@ from ..data.cache import available_threads
 from ..methods.base import Method
 from . import optimizers
 from .config import OptimConfig, RunConfig
+from .host_memory import keep_freed_memory
 from .param_groups import PART, SCALE, SCHEDULED, parameter_groups
 from .shard_clipping import PartClipping, ShardClipping
 
@@ -50,6 +51,7 @@ def start_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # the ranks of this host share its cores
             torch.set_num_threads(available_threads())
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
