@@ -19,6 +19,7 @@ from .multi_tensor_ema import multi_tensor_ema_
 from .multi_tensor_norm import multi_tensor_clip_, multi_tensor_norm
 from .multi_tensor_scale import multi_tensor_scale_
 from .nt_xent_loss import nt_xent_loss
+from .packed_attention import packed_attention
 from .prototype_cross_entropy import cross_view_match, prototype_cross_entropy, update_center_
 from .random_masking import random_masking
 from .region_match import nearest_neighbors, region_match, region_match_crops
@@ -58,6 +59,7 @@ __all__ = [
     "multi_tensor_scale_",
     "nearest_neighbors",
     "nt_xent_loss",
+    "packed_attention",
     "prototype_cross_entropy",
     "random_masking",
     "region_match",

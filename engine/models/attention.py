@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from vitrail.kernels import packed_attention
 
 from .packing import Packing
 
@@ -39,7 +40,7 @@ def attention_backend(requested: AttentionBackend, device: torch.device) -> tupl
     if device.type == "cuda":
         return "sdpa", "fused kernels of scaled_dot_product_attention"
     # At ViT sizes (50 to 260 tokens) the CPU flash path in bf16 is several times slower than two matrix products.
-    return "math", "on CPU explicit matrix products are faster than scaled_dot_product_attention at ViT sizes"
+    return "math", "on CPU packed_attention is faster than scaled_dot_product_attention at ViT sizes"
 
 
 def attend(
@@ -72,8 +73,7 @@ def attend(
     if packing is not None:
         return _attend_packed(packed, heads, chosen, packing)
     if chosen == "math":
-        with torch.autocast(packed[0].device.type, enabled=False):
-            return _CacheBlockedAttention.apply(heads, bias, *packed)
+        return packed_attention(*packed, num_heads=heads, bias=bias)
     query, key, value = _split(packed, heads)  # [B, N, h, d]
     if chosen == "xformers":
         from xformers.ops import memory_efficient_attention
@@ -126,86 +126,6 @@ def _split(packed: Sequence[Tensor], heads: int) -> list[Tensor]:
     """Views `[B, N, h, d]` of the q, k and v that lie side by side in one or two tensors."""
     width = sum(t.shape[-1] for t in packed) // 3
     return [part.unflatten(-1, (heads, -1)) for t in packed for part in t.split(width, dim=-1)]
-
-
-# Size that the scores of a block may have: what two cores keep in their second- and third-level caches beside the rest.
-BLOCK_BYTES = 3 << 20
-
-
-class _CacheBlockedAttention(torch.autograd.Function):
-    """Explicit attention over a few images at a time, whose scores stay in the processor's cache.
-
-    Scores are recomputed in the backward pass: nothing of size N x M outlives a block, and the extra product costs
-    less than writing the probabilities to memory and reading them back. Gradients are written where the projection
-    reads them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, heads: int, bias: Tensor | None, *packed: Tensor) -> Tensor:
-        query, key, value = _split(packed, heads)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        bias = None if bias is None else bias.to(query.dtype)
-        for block in _blocks(query, key):
-            q, k, v = (_heads_first(t[block]) for t in (query, key, value))
-            _write(out[block], torch.bmm(_probabilities(q, k, bias), v))
-        ctx.heads = heads
-        ctx.save_for_backward(*packed, *(() if bias is None else (bias,)))
-        return out.flatten(2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed, bias, d_bias = ctx.saved_tensors, None, None
-        if ctx.bias_dtype is not None:
-            *packed, bias = packed
-            if ctx.needs_input_grad[1]:
-                d_bias = bias.new_zeros(bias.shape, dtype=ctx.bias_dtype)
-        grads = [torch.empty_like(t) for t in packed]
-        query, key, value = _split(packed, ctx.heads)
-        d_query, d_key, d_value = _split(grads, ctx.heads)
-        grad, scale = grad.unflatten(-1, (ctx.heads, -1)), query.shape[-1] ** -0.5
-        for block in _blocks(query, key):
-            q, k, v, g = (_heads_first(t[block]) for t in (query, key, value, grad))
-            probabilities = _probabilities(q, k, bias)
-            _write(d_value[block], torch.bmm(probabilities.transpose(1, 2), g))
-            scores = torch.bmm(g, v.transpose(1, 2))
-            scores = torch.ops.aten._softmax_backward_data(scores, probabilities, -1, scores.dtype)
-            if d_bias is not None:
-                d_bias += scores.view(-1, *d_bias.shape).sum(0, dtype=d_bias.dtype)
-            _write(d_query[block], _scaled_product(scores, k, scale))
-            _write(d_key[block], _scaled_product(scores.transpose(1, 2), q, scale))
-        return None, d_bias, *grads
-
-
-def _blocks(query: Tensor, key: Tensor) -> Iterator[slice]:
-    """As many images at a time as have scores that fit the cache, at least one."""
-    per_image = query.shape[1] * query.shape[2] * key.shape[1] * query.element_size()
-    step = max(1, BLOCK_BYTES // max(1, per_image))
-    return (slice(i, i + step) for i in range(0, query.shape[0], step))
-
-
-def _heads_first(t: Tensor) -> Tensor:
-    """`[b, N, h, d]` to a dense `[b * h, N, d]`."""
-    return t.transpose(1, 2).reshape(-1, t.shape[1], t.shape[3])
-
-
-def _write(target: Tensor, result: Tensor) -> None:
-    """Store `[b * h, N, d]` as `[b, N, h, d]`."""
-    target.copy_(result.view(target.shape[0], target.shape[2], *result.shape[1:]).transpose(1, 2))
-
-
-def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`scale * a @ b` for batches of matrices, scaled in float32 before it is rounded."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-
-
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax of the scaled scores of a block and their bias `[h, N, M]`, `[b * h, N, M]`."""
-    scores = _scaled_product(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
-    if bias is not None:
-        scores.view(-1, *bias.shape).add_(bias)
-    return torch.softmax(scores, dim=-1, out=scores)
 
 
 class QKVLinear(nn.Linear):
