@@ -32,7 +32,7 @@ from .mae import Reconstruction
 from .schedules import cosine_momentum
 
 VIEWS = 2
-PAINTED_AT_ONCE = 16  # images whose errors are in memory at a time, in float32
+PAINTED_AT_ONCE = 1 << 20  # pixels whose errors are in memory at a time, in float32
 
 
 @dataclass(kw_only=True)
@@ -167,22 +167,46 @@ class SiT(Method):
             The scalar loss, and detached scalar tensors to log.
         """
         config = self.config
-        tokens = self.student.backbone(corrupted.images)
-        queries = self.student.head(tokens[:, 0])
+        raw, mask = self.targets(images), corrupted.mask
+        if self.paints_selected(images.device):
+            selected = self._in_patches(mask).any(dim=(1, 2)).nonzero()[:, 0]
+            classes, tokens = self._encode_selected(corrupted.images, selected)
+            raw, mask = self._in_patches(raw)[selected], self._in_patches(mask)[selected]
+        else:
+            tokens = self.student.backbone(corrupted.images)
+            classes, tokens = tokens[:, 0], tokens[:, 1:]
+        queries = self.student.head(classes)
         with torch.no_grad():
             keys = self.teacher.head(self.teacher.backbone.forward_features(images))
         contrastive = self.contrastive(queries, keys)
-        painted = self.student.head_recons(tokens[:, 1:])
-        reconstruction = corrupted_l1(painted, self.targets(images), corrupted.mask, self.normalise, group=all_ranks())
+        painted = self.student.head_recons(tokens)
+        reconstruction = corrupted_l1(painted, raw, mask, self.normalise, group=all_ranks())
         loss = contrastive + config.recon_weight * reconstruction
         metrics = {
             "loss": loss,
             "contrastive": contrastive,
             "reconstruction": reconstruction,
-            "feature_std": spread(tokens[:, 0]),
+            "feature_std": spread(classes),
             "corrupted": corrupted.mask.float().mean(),
         }
         return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def paints_selected(self, device: torch.device) -> bool:
+        """Whether patches without a corrupted pixel are left out; a GPU's host would have to wait for their number."""
+        return device.type == "cpu"
+
+    def _in_patches(self, pixels: Tensor) -> Tensor:
+        """`[N, H, W, ...]` to `[N L, P, P, ...]`, patches row-major."""
+        side = self.config.encoder.patch_size
+        return pixels.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(0, 2)
+
+    def _encode_selected(self, images: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """Class tokens `[N, D]`, and those of the `selected` of all patches, `[T]` of `[N L]`, as `[T, 1, D]`."""
+        patches = self.student.backbone.length
+        places = selected + selected // patches + 1  # a class token is before each image's patches
+        firsts = torch.arange(len(images), device=images.device) * (1 + patches)
+        tokens = self.student.backbone(images, rows=torch.cat([firsts, places]))
+        return tokens[: len(images)], tokens[len(images) :, None]
 
     def contrastive(self, queries: Tensor, keys: Tensor) -> Tensor:
         """InfoNCE of each view's queries with the keys of the other view, over the images of all ranks."""
@@ -232,7 +256,10 @@ class SiT(Method):
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
     def flops(self, images: int) -> float:
-        """Matrix products of a step: three times the forward pass of the student, once that of the teacher."""
+        """Matrix products of a step: three times the forward pass of the student, once that of the teacher.
+
+        All patches count, though some have nothing to repair and may be left out in the end.
+        """
         encoder, head = self.config.encoder, head_flops(self.student.head)
         painting = encoder.regions_at(encoder.size) * self.student.head_recons.flops
         student = encoder.region_flops + head + painting
@@ -290,8 +317,9 @@ class _CorruptedL1(torch.autograd.Function):
         painted = _in_rows(pred, images.shape)
         signs = torch.empty_like(pred, dtype=torch.int8)
         total = []
-        for start in range(0, len(images), PAINTED_AT_ONCE):
-            part = slice(start, start + PAINTED_AT_ONCE)
+        step = max(1, PAINTED_AT_ONCE // max(1, mask[0].numel())) if len(mask) else 1
+        for start in range(0, len(images), step):
+            part = slice(start, start + step)
             error = normalise(images[part]).view(painted[part].shape).sub_(painted[part])
             error.view_as(images[part]).masked_fill_(~mask[part][..., None], 0)
             total.append(error.abs().sum())

@@ -165,9 +165,12 @@ class Attention(nn.Module):
         self.qkv = QKVLinear(width, key_bias=key_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, *packed: Tensor, packing: Packing | None = None, bias: Tensor | None = None) -> Tensor:
-        """Attend and project; takes what `attend` takes, returns `[B, N, D]`."""
-        return self.proj(attend(*packed, heads=self.heads, backend=self.backend, packing=packing, bias=bias))
+    def forward(
+        self, *packed: Tensor, packing: Packing | None = None, bias: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Attend and project; takes what `attend` takes, returns `[B, N, D]`, or of `rows` `[T]` of all `[T, D]`."""
+        out = attend(*packed, heads=self.heads, backend=self.backend, packing=packing, bias=bias)
+        return self.proj(out if rows is None else out.flatten(0, 1).index_select(0, rows))
 
 
 class RelativePositionBias(nn.Module):

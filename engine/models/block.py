@@ -45,6 +45,13 @@ class DropPath(nn.Module):
             keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
         return x * (keep.to(x.dtype) / (1.0 - self.rate))
 
+    def rows(self, x: Tensor, image: Tensor, images: int) -> Tensor:
+        """The same for rows `[T, D]` of some images: `image` `[T]` numbers the one, of `images`, that a row is of."""
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = torch.rand(images, 1, device=x.device) >= self.rate
+        return x * (keep.to(x.dtype) / (1.0 - self.rate)).index_select(0, image)
+
 
 class MLP(nn.Module):
     """Two linear layers around an exact (erf) GELU."""
@@ -149,12 +156,16 @@ class Block(Recomputable):
             qkv: `project` of `x`, when the caller has it already, `[B, N, 3D]`.
             rows: indices `[B, M]` of the only tokens whose output is needed. Every token still serves as key and
                 value; queries, output projection and MLP run for these rows alone, and their results are the same.
+                Where images need different numbers of tokens, indices `[T]` into those of all images, `[B N]`: output
+                projection and MLP run for these rows alone.
             packing: how several images lie in the one sequence `[1, N, D]`, which then do not see each other.
             bias: added to the scaled scores of every image, `[heads, N, N]`, `[heads, M, N]` with `rows`.
 
         Returns:
-            `[B, N, D]`, or `[B, M, D]` with `rows`.
+            `[B, N, D]`, or `[B, M, D]` or `[T, D]` with `rows`.
         """
+        if rows is not None and rows.dim() == 1:
+            return self._scattered(x, self.project(x) if qkv is None else qkv, rows, bias)
         if rows is None:
             if qkv is None and self.drop_by == "subset" and self.training and self.drop_path.rate > SUBSET_RATE:
                 x = self._on_subset(x, packing, lambda x, part: self.attn(self.project(x), packing=part, bias=bias), 1)
@@ -173,6 +184,14 @@ class Block(Recomputable):
             return take_rows(qkv[..., :width], rows), qkv[..., width:]
         normed = self.norm1(x)
         return self.attn.qkv(take_rows(normed, rows), "q"), self.attn.qkv(normed, "kv")
+
+    def _scattered(self, x: Tensor, qkv: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """Rows `[T, D]` of the result, of any images; no two are the same."""
+        images, tokens, _ = x.shape
+        image = rows // tokens
+        branch = self.ls1(self.attn(qkv, bias=bias, rows=rows))
+        x = x.flatten(0, 1).index_select(0, rows) + self.drop_path.rows(branch, image, images)
+        return x + self.drop_path.rows(self.ls2(self.mlp(self.norm2(x))), image, images)
 
     def _on_subset(
         self, x: Tensor, packing: Packing | None, branch: Callable[[Tensor, Packing | None], Tensor], number: int

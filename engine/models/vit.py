@@ -301,7 +301,12 @@ class VisionTransformer(nn.Module):
 
     @overload
     def forward(
-        self, images: Tensor, indices: Tensor | None = ..., pool: bool = ..., masked: Tensor | None = ...
+        self,
+        images: Tensor,
+        indices: Tensor | None = ...,
+        pool: bool = ...,
+        masked: Tensor | None = ...,
+        rows: Tensor | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -324,6 +329,7 @@ class VisionTransformer(nn.Module):
         indices: Tensor | None = None,
         pool: bool = False,
         masked: Tensor | Sequence[Tensor | None] | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Encode images.
 
@@ -336,15 +342,18 @@ class VisionTransformer(nn.Module):
             pool: return the class token alone; the last block then computes nothing for the others.
             masked: patches whose content the mask token hides, bool `[B, L]`, or one such tensor or None for each of
                 several `images`. Their positions stay.
+            rows: of the tokens of all images, `[B (1 + V)]`, those that are needed, `[T]`; the last block then computes
+                little for the others. Of one tensor of images.
 
         Returns:
             Tokens after the final norm, class token first: `[B, 1 + V, D]`, or `[B, D]` with `pool`. Of several
             `images`, the class tokens of all in order, `[sum of B, D]`, or without `pool` a list of `[B, 1 + V, D]`.
+            With `rows`, `[T, D]`.
 
         Raises:
             ValueError: something is masked and there is no mask token, or several sizes meet relative positions.
         """
-        packing, first = None, None
+        packing, first = None, rows
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         if isinstance(images, list):
             masks = [None] * len(images) if masked is None else masked
