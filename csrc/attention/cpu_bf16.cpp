@@ -28,7 +28,8 @@ namespace {
 
 constexpr int64_t kLanes = 16;  // of 32 bits
 constexpr int kRows = 6, kColumns = 4;  // of a block of a product, in rows and vectors: its sums fill the registers
-static_assert(kRows % 2 == 0, "rows of scores are stored as pairs");
+constexpr int64_t kQueries = 24;  // at a time: what is read of a right factor into the first cache serves them all
+static_assert(kQueries % 2 == 0, "rows of scores are stored as pairs");
 constexpr float kLog2E = 1.44269504f;
 
 inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
@@ -68,33 +69,43 @@ inline Left rows_of(const bf16* data, int64_t stride) {
 // A block of a product of depth 2 `pairs`: each(m, n, sums) for its rows and vectors.
 template <int kM, int kN, class Each>
 inline void block(const Left& a, const uint32_t* b, int64_t pairs, const Each& each) {
-  __m512 sums[kM][kN];
+  __m512 sums[kM][kN];  // in registers, as all their loops are unrolled
+#pragma GCC unroll 6
   for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) sums[m][n] = _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; ++k) {
     __m512bh right[kN];
+#pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) right[n] = (__m512bh)_mm512_load_si512(b + (k * kN + n) * kLanes);
+#pragma GCC unroll 6
     for (int m = 0; m < kM; ++m) {
       const __m512bh left = (__m512bh)_mm512_set1_epi32(int(a.data[m * a.row + k * a.pair]));
+#pragma GCC unroll 4
       for (int n = 0; n < kN; ++n) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], left, right[n]);
     }
   }
+#pragma GCC unroll 6
   for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) each(m, n, sums[m][n]);
 }
 
-// kM rows of a product; each(row, column, sums).
-template <int kM, class Each>
-inline void rows_product(int64_t columns, int64_t pairs, const Left& a, const uint32_t* b, const Each& each) {
-  int64_t column = 0;
+// Some columns of a product; each(row, column, sums).
+template <int kN, class Each>
+inline void columns_product(int64_t rows, int64_t pairs, const Left& a, const uint32_t* b, int64_t column,
+                            const Each& each) {
+  int64_t row = 0;
   const auto take = [&](auto count) {
-    constexpr int kN = decltype(count)::value;
-    block<kM, kN>(a, b + column * pairs, pairs,
-                  [&](int m, int n, __m512 sums) { each(m, column + n * kLanes, sums); });
-    column += kN * kLanes;
+    constexpr int kM = decltype(count)::value;
+    block<kM, kN>({a.data + row * a.row, a.row, a.pair}, b + column * pairs, pairs,
+                  [&](int m, int n, __m512 sums) { each(row + m, column + n * kLanes, sums); });
+    row += kM;
   };
-  while (columns - column >= kColumns * kLanes) take(std::integral_constant<int, kColumns>());
-  switch ((columns - column) / kLanes) {
+  while (rows - row >= kRows) take(std::integral_constant<int, kRows>());
+  switch (rows - row) {
+    case 5: take(std::integral_constant<int, 5>()); break;
+    case 4: take(std::integral_constant<int, 4>()); break;
     case 3: take(std::integral_constant<int, 3>()); break;
     case 2: take(std::integral_constant<int, 2>()); break;
     case 1: take(std::integral_constant<int, 1>()); break;
@@ -102,16 +113,16 @@ inline void rows_product(int64_t columns, int64_t pairs, const Left& a, const ui
   }
 }
 
+// A product of depth 2 `pairs`; each(row, column, sums) for all its vectors.
 template <class Each>
-inline void product(int64_t rows, int64_t columns, int64_t pairs, const Left& a, const uint32_t* b,
-                    const Each& each) {
-  switch (rows) {
-    case 6: rows_product<6>(columns, pairs, a, b, each); break;
-    case 5: rows_product<5>(columns, pairs, a, b, each); break;
-    case 4: rows_product<4>(columns, pairs, a, b, each); break;
-    case 3: rows_product<3>(columns, pairs, a, b, each); break;
-    case 2: rows_product<2>(columns, pairs, a, b, each); break;
-    case 1: rows_product<1>(columns, pairs, a, b, each); break;
+inline void product(int64_t rows, int64_t columns, int64_t pairs, const Left& a, const uint32_t* b, const Each& each) {
+  int64_t column = 0;
+  for (; columns - column >= kColumns * kLanes; column += kColumns * kLanes)
+    columns_product<kColumns>(rows, pairs, a, b, column, each);
+  switch ((columns - column) / kLanes) {
+    case 3: columns_product<3>(rows, pairs, a, b, column, each); break;
+    case 2: columns_product<2>(rows, pairs, a, b, column, each); break;
+    case 1: columns_product<1>(rows, pairs, a, b, column, each); break;
     default: break;
   }
 }
@@ -129,6 +140,11 @@ struct Panel {
   }
 };
 
+// 16 elements, or zeros where there is no row.
+inline __m256i row_of(const bf16* from, bool real) {
+  return real ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_setzero_si256();
+}
+
 // Pairs along the rows' own direction, for a product with their transpose: `count` rows of `width` elements become
 // width / 2 rows of `columns` columns; the columns behind them are zero.
 inline void pair_channels(const bf16* from, int64_t stride, int64_t count, int64_t width, uint32_t* to,
@@ -137,10 +153,7 @@ inline void pair_channels(const bf16* from, int64_t stride, int64_t count, int64
     const Panel panel(to, columns, width / 2, first);
     for (int64_t c = 0; c < width / 2; c += 8) {
       __m256i row[8], pair[8];
-      for (int64_t i = 0; i < 8; ++i)
-        row[i] = first + i < count
-                     ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + (first + i) * stride + 2 * c))
-                     : _mm256_setzero_si256();
+      for (int64_t i = 0; i < 8; ++i) row[i] = row_of(from + (first + i) * stride + 2 * c, first + i < count);
       for (int i = 0; i < 8; i += 2) {
         pair[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
         pair[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
@@ -155,8 +168,8 @@ inline void pair_channels(const bf16* from, int64_t stride, int64_t count, int64
       for (int i = 0; i < 4; ++i) {
         const __m256i low = _mm256_permute2x128_si256(row[i], row[i + 4], 0x20);
         const __m256i high = _mm256_permute2x128_si256(row[i], row[i + 4], 0x31);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(corner + i * panel.row), low);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(corner + (i + 4) * panel.row), high);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(corner + i * panel.row), low);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(corner + (i + 4) * panel.row), high);
       }
     }
   }
@@ -171,12 +184,9 @@ inline void pair_rows(const bf16* from, int64_t stride, int64_t count, int64_t w
   for (int64_t c = 0; c < width; c += kLanes) {
     const Panel panel(to, width, pairs, c);
     for (int64_t k = 0; k < pairs; ++k) {
-      __m256i row[2];
-      for (int64_t i = 0; i < 2; ++i)
-        row[i] = 2 * k + i < count
-                     ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + (2 * k + i) * stride + c))
-                     : _mm256_setzero_si256();
-      _mm512_store_si512(panel.data + k * panel.row, interleaved(row[0], row[1]));
+      const bf16* const row = from + 2 * k * stride + c;
+      const __m256i upper = row_of(row, 2 * k < count), lower = row_of(row + stride, 2 * k + 1 < count);
+      _mm512_store_si512(panel.data + k * panel.row, interleaved(upper, lower));
     }
   }
 }
@@ -185,7 +195,7 @@ inline void pair_rows(const bf16* from, int64_t stride, int64_t count, int64_t w
 // token's for the processor to foresee.
 inline void expect(const Tokens& tokens, int64_t task, const AttentionOfTokens& call, int64_t first, int64_t count) {
   const bf16* const next = tokens.of(task / call.heads, task % call.heads, call.width);
-  for (int64_t token = first; token < std::min(first + kRows, count); ++token)
+  for (int64_t token = first; token < std::min(first + kQueries, count); ++token)
     for (int64_t c = 0; c < call.width; c += 32) __builtin_prefetch(next + token * tokens.token + c);
 }
 
@@ -229,11 +239,11 @@ inline __m512 exponential(const float* scores, __m512 factor, __m512 top, __mmas
 class Forward {
  public:
   explicit Forward(const AttentionOfTokens& call)
-      : call_(call), row_(whole(call.keys, kLanes)), arena_(row_ * (call.width + 2 * kRows)) {
+      : call_(call), row_(whole(call.keys, kLanes)), arena_(row_ * (call.width + 2 * kQueries)) {
     k_ = arena_.take<uint32_t>(row_ * call.width / 2);
     v_ = arena_.take<uint32_t>(row_ * call.width / 2);
-    scores_ = arena_.take<float>(kRows * row_);
-    weights_ = arena_.take<bf16>(kRows * row_ / 2);
+    scores_ = arena_.take<float>(kQueries * row_);
+    weights_ = arena_.take<bf16>(kQueries * row_ / 2);
   }
 
   // One head of one image, while the memory of the one after it comes, if there is one.
@@ -243,8 +253,8 @@ class Forward {
     bf16* const out = call_.out.of(image, head, width);
     pair_channels(call_.k.of(image, head, width), call_.k.token, call_.keys, width, k_, row_);
     pair_rows(call_.v.of(image, head, width), call_.v.token, call_.keys, width, v_, row_ / 2);
-    for (int64_t first = 0; first < call_.queries; first += kRows) {
-      const int64_t rows = std::min<int64_t>(kRows, call_.queries - first);
+    for (int64_t first = 0; first < call_.queries; first += kQueries) {
+      const int64_t rows = std::min(kQueries, call_.queries - first);
       if (task + 1 < tasks) {
         expect(call_.q, task + 1, call_, first, call_.queries);
         expect(call_.k, task + 1, call_, first, call_.keys);
@@ -252,7 +262,7 @@ class Forward {
       }
       product(rows, row_, width / 2, rows_of(q + first * call_.q.token, call_.q.token), k_,
               [&](int64_t m, int64_t j, __m512 sums) { _mm512_store_ps(scores_ + m * row_ + j, sums); });
-      float inverse[kRows];
+      float inverse[kQueries];
       for (int64_t m = 0; m < rows; ++m) inverse[m] = softmax(m);
       product(rows, width, row_ / 2, rows_of(weights_, row_), v_, [&](int64_t m, int64_t c, __m512 sums) {
         store(out + (first + m) * call_.out.token + c, _mm512_mul_ps(sums, _mm512_set1_ps(inverse[m])));
@@ -288,14 +298,14 @@ class Backward {
   explicit Backward(const AttentionOfTokens& call)
       : call_(call),
         row_(whole(call.keys, kLanes)),
-        pairs_(whole(call.queries, kRows) / 2),
-        arena_(call.width * (3 * row_ / 2 + 2 * pairs_) + row_ * (2 * pairs_ + 3 * kRows)) {
+        pairs_(whole(call.queries, 2) / 2),
+        arena_(call.width * (3 * row_ / 2 + 2 * pairs_) + row_ * (2 * pairs_ + 3 * kQueries)) {
     const int64_t width = call.width;
     for (uint32_t** part : {&k_, &k_rows_, &v_}) *part = arena_.take<uint32_t>(row_ * width / 2);
     for (uint32_t** part : {&q_, &grad_}) *part = arena_.take<uint32_t>(pairs_ * width);
     for (uint32_t** part : {&weights_, &grad_scores_}) *part = arena_.take<uint32_t>(pairs_ * row_);
-    for (float** part : {&scores_, &products_}) *part = arena_.take<float>(kRows * row_);
-    rows_ = arena_.take<bf16>(kRows * row_);
+    for (float** part : {&scores_, &products_}) *part = arena_.take<float>(kQueries * row_);
+    rows_ = arena_.take<bf16>(kQueries * row_ / 2);
   }
 
   void run(int64_t task, int64_t tasks) {
@@ -309,8 +319,8 @@ class Backward {
     pair_rows(q, call_.q.token, queries, width, q_, pairs_);
     pair_rows(grad, call_.grad.token, queries, width, grad_, pairs_);
     const __m512 scale = _mm512_set1_ps(call_.scale);
-    for (int64_t first = 0; first < queries; first += kRows) {
-      const int64_t rows = std::min<int64_t>(kRows, queries - first);
+    for (int64_t first = 0; first < queries; first += kQueries) {
+      const int64_t rows = std::min(kQueries, queries - first);
       if (task + 1 < tasks) {
         expect(call_.q, task + 1, call_, first, queries);
         expect(call_.k, task + 1, call_, first, keys);
@@ -321,8 +331,8 @@ class Backward {
               [&](int64_t m, int64_t j, __m512 sums) { _mm512_store_ps(scores_ + m * row_ + j, sums); });
       product(rows, row_, width / 2, rows_of(grad + first * call_.grad.token, call_.grad.token), v_,
               [&](int64_t m, int64_t j, __m512 sums) { _mm512_store_ps(products_ + m * row_ + j, sums); });
-      for (int64_t m = 0; m < kRows; ++m) through_softmax(m, m < rows);
-      store_pairs(first / 2);
+      for (int64_t m = 0; m < whole(rows, 2); ++m) through_softmax(m, m < rows);
+      store_pairs(first / 2, whole(rows, 2));
       bf16* const grad_q = call_.grad_q.of(image, head, width) + first * call_.grad_q.token;
       product(rows, width, row_ / 2, rows_of(rows_, row_), k_rows_, [&](int64_t m, int64_t c, __m512 sums) {
         store(grad_q + m * call_.grad_q.token + c, _mm512_mul_ps(sums, scale));
@@ -333,8 +343,8 @@ class Backward {
   }
 
  private:
-  // Turns a row of scores into probabilities, and the gradient of those into that of the scores. Rows behind the last
-  // query are zero, so that the last block is whole.
+  // Turns a row of scores into probabilities, and the gradient of those into that of the scores. A row
+  // behind the last query is zero, to make a pair.
   void through_softmax(int64_t m, bool real) {
     float *const scores = scores_ + m * row_, *const products = products_ + m * row_;
     if (!real) {
@@ -361,8 +371,8 @@ class Backward {
   }
 
   // Keeps a block's probabilities and gradients of scores as pairs of queries.
-  void store_pairs(int64_t first) {
-    for (int64_t m = 0; m < kRows; m += 2)
+  void store_pairs(int64_t first, int64_t rows) {
+    for (int64_t m = 0; m < rows; m += 2)
       for (int64_t j = 0; j < row_; j += kLanes) {
         const int64_t upper = m * row_ + j, lower = upper + row_, to = (first + m / 2) * row_ + j;
         _mm512_store_si512(weights_ + to,
@@ -377,11 +387,9 @@ class Backward {
   // The transpose of pairs of queries by rows of queries: gradients of the keys or of the values.
   void finish(const Tokens& to, int64_t image, int64_t head, const uint32_t* left, const uint32_t* right, __m512 scale) {
     const int64_t width = call_.width;
-    for (int64_t first = 0; first < call_.keys; first += kRows) {
-      bf16* const rows = to.of(image, head, width) + first * to.token;
-      product(std::min<int64_t>(kRows, call_.keys - first), width, pairs_, {left + first, 1, row_}, right,
-              [&](int64_t m, int64_t c, __m512 sums) { store(rows + m * to.token + c, _mm512_mul_ps(sums, scale)); });
-    }
+    bf16* const rows = to.of(image, head, width);
+    product(call_.keys, width, pairs_, {left, 1, row_}, right,
+            [&](int64_t m, int64_t c, __m512 sums) { store(rows + m * to.token + c, _mm512_mul_ps(sums, scale)); });
   }
 
   const AttentionOfTokens& call_;
