@@ -79,8 +79,17 @@ inline bool has_v3() {
                              __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   return answer;
 }
+
+// Whether it has those of x86-64-v4, AVX-512, and the products of bfloat16.
+inline bool has_avx512_bf16() {
+  static const bool answer = has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+  return answer;
+}
 #else
 inline bool has_v3() { return false; }
+inline bool has_avx512_bf16() { return false; }
 #endif
 
 }  // namespace vitrail

@@ -5,6 +5,7 @@ them. `python -m vitrail.kernels` prints the environment and what each implement
 """
 
 from .adamw_ema import FusedAdamWEMA, adamw_ema_
+from .bias_gelu import bias_gelu
 from .clip_loss import clip_loss
 from .info_nce_loss import info_nce_loss
 from .knn_topk import knn_topk
@@ -43,6 +44,7 @@ __all__ = [
     "UnsupportedError",
     "WindowAttention",
     "adamw_ema_",
+    "bias_gelu",
     "clip_loss",
     "cross_view_match",
     "explain",

@@ -28,6 +28,9 @@ def cases(kind: str) -> list[steps.StepCase]:
             rounds=rounds,
             steps=count,
             warmup=1 if kind == "cpu" else 3,
+            # Over eight draws of weights and images, every implementation was up to 0.14 % away from float32's loss,
+            # in either direction: at the start all images look alike, and batch normalisation magnifies rounding.
+            agreement=3e-3,
         )
         for model, batch, rounds, count in CASES[kind]
     ]

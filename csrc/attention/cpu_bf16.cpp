@@ -22,39 +22,17 @@
 #include <immintrin.h>
 
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
+#include "../avx512_bf16.h"
 
 namespace vitrail {
 namespace {
 
-constexpr int64_t kLanes = 16;  // of 32 bits
 constexpr int kRows = 6, kColumns = 4;  // of a block of a product, in rows and vectors: its sums fill the registers
 constexpr int64_t kQueries = 24;  // at a time: what is read of a right factor into the first cache serves them all
 static_assert(kQueries % 2 == 0, "rows of scores are stored as pairs");
 constexpr float kLog2E = 1.44269504f;
 
 inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
-
-inline __m512 load(const bf16* from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-inline void store(bf16* to, __m512 value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
-}
-
-// 2^x for x up to about 127, within 3e-6 of itself; below the smallest number zero, of NaN NaN.
-inline __m512 exp2(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_sub_ps(x, whole);  // powers of ln 2 over factorials
-  __m512 sum = _mm512_set1_ps(1.33335581e-3f);
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(9.61812911e-3f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(5.55041087e-2f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(2.40226507e-1f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(6.93147181e-1f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(sum, whole);
-}
 
 // The left factor of a product: the pair (i, k) of row i lies at data[i row + k pair], 32 bits each.
 struct Left {

@@ -5,17 +5,6 @@
 namespace vitrail {
 namespace {
 
-bool has_bf16_products() {
-#if defined(__x86_64__)
-  static const bool answer = has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-  return answer;
-#else
-  return false;
-#endif
-}
-
 // Tokens [B, N, heads, width]; negative sizes are anyone's.
 Tokens tokens_of(const std::string& name, const Tensor& tensor, int64_t batch, int64_t count, int64_t heads,
                  int64_t width) {
@@ -32,7 +21,7 @@ Tokens tokens_of(const std::string& name, const Tensor& tensor, int64_t batch, i
 }
 
 AttentionOfTokens call_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
-  require(has_bf16_products(), "this CPU has no AVX-512 with BF16; use another implementation");
+  require(has_avx512_bf16(), "this CPU has no AVX-512 with BF16; use another implementation");
   AttentionOfTokens call{};
   const auto sizes = q.sizes();
   require(sizes.size() == 4 && k.sizes().size() == 4, "q and k must have shape [B, N, heads, width], got ",

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.kernels import bias_gelu
+
 from .attention import Attention, AttentionBackend
 from .packing import Packing
 from .recompute import Recomputable, run
@@ -53,17 +55,27 @@ class DropPath(nn.Module):
         return x * (keep.to(x.dtype) / (1.0 - self.rate)).index_select(0, image)
 
 
+class GELULinear(nn.Linear):
+    """A linear layer with an exact (erf) GELU behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        if x.device.type == "cpu":
+            return bias_gelu(F.linear(x, self.weight), self.bias)
+        return F.gelu(super().forward(x))
+
+
 class MLP(nn.Module):
     """Two linear layers around an exact (erf) GELU."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = GELULinear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 class SwiGLU(nn.Module):

@@ -88,6 +88,7 @@ def _linear_classes() -> list[str]:
     return [
         "torch.nn.Linear",
         "vitrail.engine.models.attention.QKVLinear",
+        "vitrail.engine.models.block.GELULinear",
         "vitrail.engine.models.mae_decoder.PaddedLinear",
         "vitrail.kernels.modules.PatchProjection",
     ]

@@ -31,7 +31,7 @@ from .rows import Key, Row, quantiles, ratios
 
 CHILD = ROOT / "benchmarks" / "steps" / "child.py"
 TIMEOUT = 900  # s, for a process that hangs
-AGREEMENT = 1e-3  # relative difference of first losses that bf16 explains
+AGREEMENT = 1e-3  # relative difference of first losses that bf16 explains, where the case does not say otherwise
 OUT_OF_MEMORY = "out of memory"
 MODELS = {"small": ("ViT-S/16", 16), "base": ("ViT-B/16", 16), "large": ("ViT-L/16", 16), "huge": ("ViT-H/14", 14)}
 SWINS = {"tiny": ("Swin-T W7", 4), "small": ("Swin-S W7", 4), "base": ("Swin-B W14", 4)}
@@ -66,6 +66,8 @@ class StepCase:
     """Side of the images in pixels."""
     mask_ratio: float = 0.75
     """Share of the patches that MAE hides."""
+    agreement: float = AGREEMENT
+    """Relative difference of first losses that bf16 explains."""
     limit: int = 0
     """Bytes of data that a process on a CPU may hold; 0 for what the machine has free."""
 
@@ -109,7 +111,7 @@ def measure(case: StepCase, bench: Session) -> Outcome:
     runs = collect(case, bench, outcome)
     complete = {name: parts for name, parts in runs.items() if not any("outcome" in run for run in parts)}
     losses = {name: [run["loss"] for run in parts] for name, parts in complete.items()}
-    if not agree([loss for several in losses.values() for loss in several]):
+    if not agree([loss for several in losses.values() for loss in several], case.agreement):
         outcome.failed.update(dict.fromkeys(runs, f"the implementations do not compute the same loss: {losses}"))
         return outcome
     outcome.samples = {
@@ -226,11 +228,11 @@ def child() -> ModuleType:
     return importlib.import_module(CHILD.stem)
 
 
-def agree(losses: Sequence[float]) -> bool:
+def agree(losses: Sequence[float], agreement: float = AGREEMENT) -> bool:
     """Whether losses differ by no more than bf16 explains. A loss that is not finite agrees with nothing."""
     if not all(map(math.isfinite, losses)):
         return False
-    return not losses or max(losses) - min(losses) <= AGREEMENT * max(losses)
+    return not losses or max(losses) - min(losses) <= agreement * max(losses)
 
 
 def paired(samples: Mapping[str, Sequence[float]]) -> dict[str, dict[str, list[float]]]:
