@@ -317,7 +317,7 @@ class _CorruptedL1(torch.autograd.Function):
         painted = _in_rows(pred, images.shape)
         signs = torch.empty_like(pred, dtype=torch.int8)
         total = []
-        step = max(1, PAINTED_AT_ONCE // max(1, mask[0].numel())) if len(mask) else 1
+        step = max(1, PAINTED_AT_ONCE // mask.shape[1:].numel())
         for start in range(0, len(images), step):
             part = slice(start, start + step)
             error = normalise(images[part]).view(painted[part].shape).sub_(painted[part])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitrail.engine.methods import sit
 from vitrail.engine.methods.base import Schedule
 from vitrail.engine.methods.corruption import Corrupted, Corruption
 from vitrail.engine.methods.sit import SiTConfig, as_images, corrupted_l1
@@ -109,8 +110,9 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_painted_pixels_are_judged_as_by_the_dense_form(dtype):
+def test_painted_pixels_are_judged_as_by_the_dense_form(monkeypatch, dtype):
     """Value and gradient of the mean over chosen pixels of all images, as many as do not fit one part."""
+    monkeypatch.setattr(sit, "PAINTED_AT_ONCE", 16 * 64 * 96)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (21, 64, 96, 3), dtype=torch.uint8)
     mask = torch.rand(21, 64, 96) < torch.rand(21, 1, 1)
@@ -185,10 +187,15 @@ def student_like(backbone, images):
     return backbone.norm(x)
 
 
+@pytest.mark.parametrize("selected", [True, False])
 @pytest.mark.parametrize("corruption", [Corruption(), Corruption(align=8, replaced=0.2)])
-def test_steps_are_those_of_the_dense_form(corruption):
-    """Losses and all gradients over three steps in which student and teacher part."""
+def test_steps_are_those_of_the_dense_form(monkeypatch, corruption, selected):
+    """Losses and all gradients over three steps in which student and teacher part, as on a CPU and as on a GPU."""
     method = built(corruption=corruption)
+    assert method.paints_selected(torch.device("cpu")) > method.paints_selected(torch.device("cuda"))
+    monkeypatch.setattr(type(method), "paints_selected", lambda method, device: selected)
+    painted: list[int] = []
+    method.student.head_recons.register_forward_pre_hook(lambda _, args: painted.append(args[0].shape[:-1].numel()))
     dense = Dense(method)
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (SMALL.mean, SMALL.std))
     for step in range(3):
@@ -204,6 +211,8 @@ def test_steps_are_those_of_the_dense_form(corruption):
         assert metrics["loss"] == ours.detach()
         assert metrics["corrupted"].item() == pytest.approx(mask.mean().item(), rel=1e-6)
         assert metrics["feature_std"] > 0
+        touched = seen.mask.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).any(4).any(2)
+        assert painted[step] == (touched.sum() if selected else touched.numel())
         ours.backward()
         theirs[0].backward()
         for key, p in method.named_parameters():

@@ -97,6 +97,37 @@ def test_block_rows_equal_the_whole_block(given_projection):
     torch.testing.assert_close(block(x, qkv, rows), take_rows(block(x), rows), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_rows_of_any_images_equal_the_whole_block(rate):
+    """Values and gradients, other numbers of rows in each image, branches of the same images left out."""
+    torch.manual_seed(0)
+    block = Block(16, 4, drop_path=rate, layer_scale=0.5).double()
+    leaves = [torch.randn(5, 9, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    leaves[1].data.copy_(leaves[0])
+    rows = torch.tensor([40, 3, 0, 1, 2, 27, 44, 12])
+    results = []
+    for x, picked in zip(leaves, (rows, None), strict=True):
+        torch.manual_seed(1)
+        out = block(x, rows=picked)
+        results.append(out if picked is not None else out.flatten(0, 1)[rows])
+        results[-1].square().sum().backward()
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-10, atol=1e-10)
+    projected = block.eval()(leaves[0], block.project(leaves[0]), rows)
+    torch.testing.assert_close(projected, block(leaves[0]).flatten(0, 1)[rows], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+def test_encoder_returns_the_rows_it_is_asked_for(positions):
+    torch.manual_seed(0)
+    model = VisionTransformer(replace(SMALL, positions=positions)).double()
+    images, rows = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 17, 34, 5, 50])
+    for block in model.blocks:
+        block.recompute = True
+    expected = model(images).flatten(0, 1)[rows]
+    torch.testing.assert_close(model(images, rows=rows), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_encoder_sees_only_the_patches_it_is_given():
     """Encoding a subset equals encoding an image whose other patches were never there, in any order."""
     torch.manual_seed(0)
