@@ -17,6 +17,7 @@ from work import Work
 from vitrail.engine.interop.mae import from_hf, load_exactly
 from vitrail.engine.methods.mae import MAE, MAEConfig
 from vitrail.engine.models.vit import IMAGENET_MEAN, IMAGENET_STD, vit_base, vit_huge, vit_large, vit_small
+from vitrail.engine.train.host_memory import keep_freed_memory
 
 MODELS = {"small": vit_small, "base": vit_base, "large": vit_large, "huge": vit_huge}
 IMPLEMENTATIONS = {"mae": ("vitrail", "vitrail compiled", "transformers", "transformers compiled")}
@@ -114,6 +115,8 @@ def compile_(model: nn.Module, backend: str) -> None:
 def stepper(model: nn.Module, images: Tensor, noise: Tensor) -> Callable[[], Tensor]:
     """A function that trains one step and returns the loss."""
     device = images.device
+    if isinstance(model, MAE) and device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
