@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ladder import Problem, check_accuracy, check_compiled, check_gradients, check_ops, evaluate, upstream
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.kernels import UnsupportedError, explain, extension, packed_attention
 from vitrail.kernels.packed_attention import chunked
@@ -148,6 +149,14 @@ def test_the_gradient_of_a_bias_is_summed_in_its_own_dtype():
     packed_attention(qkv.double(), num_heads=2, bias=exact).sum().backward()
     assert bias.grad.dtype == torch.float32
     torch.testing.assert_close(bias.grad.double(), exact.grad, rtol=0.03, atol=0.03 * exact.grad.abs().max().item())
+
+
+def test_its_operations_are_counted():
+    """Two products forward; backward the scores once more, and four."""
+    for tokens, product in (((6, 6), 2 * 3 * 6 * 6 * 32), ((2, 5), 2 * 3 * 2 * 5 * 32)):
+        with FlopCounterMode(display=False) as counter:
+            evaluate(packed_attention, attention(tokens))
+        assert counter.get_total_flops() == 7 * product
 
 
 def test_autocast_converts_what_is_projected():
