@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import vitrail.kernels.packed_attention.flops  # noqa: F401 - so that a model's operations can be counted
 from vitrail.kernels import packed_attention
 
 from .packing import Packing

@@ -1,11 +1,9 @@
 """Attention from the packed projection: the op, its registration, its gradients and the public function."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import checks, extension
 from ..library import define
@@ -142,24 +140,6 @@ OP = register(
 _ARGUMENTS = "Tensor qkv, Tensor? kv, Tensor? bias, int num_heads, float scale"
 _forward = define(OP, "forward", _ARGUMENTS, "Tensor", _fake)
 _backward = define(OP, "backward", f"Tensor grad, {_ARGUMENTS}", "Tensor[]", _fake_backward)
-
-
-def _product(qkv: Sequence[int], kv: Sequence[int] | None) -> int:
-    """Returns the operations of one of the products of all heads: 2 B N M D."""
-    batch, queries, channels = qkv
-    return 2 * batch * queries * (queries * channels // 3 if kv is None else kv[1] * channels)
-
-
-@register_flop_formula(torch.ops.vitrail.packed_attention)
-def _flops(qkv: Sequence[int], kv: Sequence[int] | None, *_: Any, **__: Any) -> int:
-    """Returns what `torch.utils.flop_counter` counts, which cannot look into the op: two products."""
-    return 2 * _product(qkv, kv)
-
-
-@register_flop_formula(torch.ops.vitrail.packed_attention_backward)
-def _backward_flops(grad: Sequence[int], qkv: Sequence[int], kv: Sequence[int] | None, *_: Any, **__: Any) -> int:
-    """Returns what is counted backwards: the scores once more, and four products."""
-    return 5 * _product(qkv, kv)
 
 
 class _PackedAttention(torch.autograd.Function):

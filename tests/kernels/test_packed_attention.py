@@ -7,7 +7,10 @@ from ladder import Problem, check_accuracy, check_compiled, check_gradients, che
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.kernels import UnsupportedError, explain, extension, packed_attention
-from vitrail.kernels.packed_attention import chunked
+from vitrail.kernels.packed_attention import (
+    chunked,
+    flops,  # noqa: F401 - has its operations counted
+)
 from vitrail.kernels.packed_attention.op import OP
 
 needs_native = pytest.mark.skipif(
