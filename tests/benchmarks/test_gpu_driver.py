@@ -17,8 +17,13 @@ DRIVER = ROOT / "benchmarks" / "harness" / "gpu.py"
 
 @pytest.mark.slow
 def test_a_dry_run_builds_every_case():
-    """The command as it is typed; make's own --dry-run is what `make bench-gpu --dry` says."""
-    ran = subprocess.run(["make", "bench-gpu", "--dry"], cwd=ROOT, capture_output=True, text=True, check=False)
+    """The command as it is typed, without the arguments of a `make test ARGS=…` around it.
+
+    `make bench-gpu --dry` says make's own --dry-run.
+    """
+    typed = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES")}
+    command = ["make", "bench-gpu", "--dry"]
+    ran = subprocess.run(command, cwd=ROOT, env=typed, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     lines = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines() if " " in line)
     for stage in ("kernels", "steps", "engine", "sweeps", "data"):
